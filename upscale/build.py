@@ -1,0 +1,186 @@
+"""The build loop: read one tensor from the base and every expert, hand the deltas to the method, write."""
+
+import json
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from upscale import modeling_upscaled
+from upscale.card import card
+from upscale.config import SmileConfig
+from upscale.errors import NonFiniteError
+from upscale.methods import smile as smile_method
+from upscale.modeling_upscaled import Layout, ModuleLayout, upscaled_config
+from upscale.plan import Plan, make_plan
+from upscale.report import ModuleReport, Report, RestReport
+from upscale.skeleton import Linear
+from zoo import Checkpoint, Group, Writer, check
+from zoo.files import companions
+
+Progress = Callable[[int, int, str], None]  # bytes of the base done, bytes in all, what is being done
+
+
+def smile(
+    group: Group | str | Path,
+    out: str | Path,
+    config: SmileConfig | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Build a SMILE model from a group and write it to ``out``.
+
+    Args:
+        group: a Group, or the YAML file of one.
+        out: directory to make; must not exist.
+        config: settings; or give them as ``options``, e.g. ``rank=32``.
+        progress: called after each step with (bytes done, bytes in all, name).
+
+    Returns:
+        Report: energy kept, norms left behind, sizes. It is also written to ``out/report.json``.
+
+    Raises:
+        ZooError: anything that a user can cause; see ``zoo.errors`` and ``upscale.errors``.
+    """
+    config = config or SmileConfig(**options)
+    group = group if isinstance(group, Group) else Group.load(group)
+    return build(make_plan(check(group), smile_method, config), group, out, progress=progress)
+
+
+def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | None = None) -> Report:
+    """Carry out a plan: the one loop for every method. Nothing is left in ``out`` unless all of it succeeds.
+
+    Raises:
+        OutputError: see ``zoo.Writer``.
+        NonFiniteError: NaN or infinity in a source, with tensor and expert.
+    """
+    total = sum(plan.base.tensors[name].nbytes for name in plan.rest) + sum(_nbytes(plan, n) for n in plan.linears)
+    done = 0
+
+    def step(nbytes: int, name: str) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, total, name)
+
+    modules: dict[str, ModuleLayout] = {}
+    module_reports, rest_reports = [], []
+    with torch.no_grad(), Writer(out, plan.declared) as writer:
+        for name in plan.rest:
+            tensor, report = _rest(plan, name)
+            writer.write(name, tensor.to(plan.declared[name].dtype))
+            if any(report.norms.values()):
+                rest_reports.append(report)
+            step(plan.base.tensors[name].nbytes, name)
+        for linear in plan.linears:
+            for name in {linear.weight, linear.bias} - {None} - set(plan.rest):
+                writer.write(name, plan.base.read(name).to(plan.declared[name].dtype))
+            upscaled = _upscale(plan, linear)
+            if upscaled is not None:
+                modules[linear.name] = upscaled.layout
+                for tensor, value in upscaled.tensors.items():
+                    writer.write(f"{linear.name}.experts.{tensor}", value.to(plan.expert_spec(linear, tensor).dtype))
+                factors = upscaled.factors
+                module_reports.append(
+                    ModuleReport(
+                        linear.name,
+                        {e: f.down.shape[0] for e, f in factors.items()},
+                        {e: f.norm for e, f in factors.items()},
+                        {e: f.left for e, f in factors.items()},
+                    )
+                )
+            step(_nbytes(plan, linear), linear.name)
+        layout = Layout(plan.method.NAME, tuple(plan.experts), plan.method.router(plan.config), modules)
+        report = Report(
+            plan.method.NAME, module_reports, rest_reports, plan.base_bytes, plan.group_bytes, writer.nbytes
+        )
+        writer.commit(_config(plan, layout), _files(plan, group, report))
+    return report
+
+
+def _nbytes(plan: Plan, linear: Linear) -> int:
+    return plan.base.tensors[linear.weight].nbytes
+
+
+def _read(model: Checkpoint, name: str, device: str) -> Tensor:
+    return model.read(name).to(device).float()
+
+
+def _delta(plan: Plan, expert: str, name: str, origin: Tensor) -> Tensor:
+    """float32 delta of an expert's tensor, on the build's device; checks that it is finite."""
+    return _read(plan.experts[expert], name, plan.config.device).sub_(origin)
+
+
+def _rest(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
+    """The tensor to write for a parameter that is not upscaled, and what each expert loses by it."""
+    source = plan.base.read(name)
+    if not source.is_floating_point():
+        return source, RestReport(name, {}, {})
+    base = source.to(plan.config.device).float()
+    norms = {}
+    mean = torch.zeros_like(base)
+    for expert in plan.experts:
+        delta = _delta(plan, expert, name, base)
+        norms[expert] = float(torch.linalg.vector_norm(delta))
+        if not norms[expert] < float("inf"):
+            raise NonFiniteError(f"expert {expert}: tensor {name} has NaN or infinite values, or the base's has")
+        mean += delta / len(plan.experts)
+    if plan.config.rest == "base" or not any(norms.values()):
+        return source, RestReport(name, norms, norms)
+    average = base + mean
+    left = {e: float(torch.linalg.vector_norm(_delta(plan, e, name, average))) for e in plan.experts}
+    return average, RestReport(name, norms, left)
+
+
+def _upscale(plan: Plan, linear: Linear):
+    """Hand the deltas of one linear to the method; None if it stays plain."""
+    origin = _origin(plan, linear)
+    deltas = {}
+    for expert in plan.experts:
+        delta = _delta(plan, expert, linear.weight, origin)
+        deltas[expert] = delta.mT if linear.transposed else delta
+    bias_deltas = None
+    if linear.bias is not None:
+        base = _read(plan.base, linear.bias, plan.config.device)
+        bias_deltas = {expert: _delta(plan, expert, linear.bias, base) for expert in plan.experts}
+    try:
+        return plan.method.upscale_linear(deltas, bias_deltas, plan.config)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"tensor {linear.weight}: {error}; is the download complete?") from error
+
+
+def _origin(plan: Plan, linear: Linear) -> Tensor:
+    """The weight that is written for the base: a tied head shares its tensor with embeddings that may be averaged."""
+    tensor = _rest(plan, linear.weight)[0] if linear.weight in plan.rest else plan.base.read(linear.weight)
+    return tensor.to(plan.config.device).float()
+
+
+def _config(plan: Plan, layout: Layout) -> dict:
+    """``config.json``: the base's fields, in the format that the tensors are written in."""
+    config = upscaled_config(plan.base.config, layout)
+    if plan.config.dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = plan.config.dtype
+    return config
+
+
+def _files(plan: Plan, group: Group, report: Report) -> Mapping[str, bytes | Path]:
+    recipe = {
+        "upscale_zoo": version("upscale-zoo"),
+        "method": plan.method.NAME,
+        "base": str(group.base),
+        "experts": {name: str(source) for name, source in group.experts.items()},
+        "config": plan.config.to_recipe(),
+    }
+    return {
+        **companions(plan.base.path),
+        "modeling_upscaled.py": Path(modeling_upscaled.__file__),
+        "upscale.yaml": yaml.safe_dump(recipe, sort_keys=False).encode(),
+        "report.json": json.dumps(report.to_json(), indent=1).encode() + b"\n",
+        "README.md": card(group, report).encode(),
+    }

@@ -1,0 +1,27 @@
+"""What can go wrong when models are upscaled, loaded or evaluated; all are ZooErrors, so a CLI shows one line."""
+
+from zoo import ZooError
+
+
+class ConfigError(ZooError):
+    """An option is out of range, or options do not go together."""
+
+
+class PlanError(ZooError):
+    """The group fits together, but cannot be upscaled as asked: names the modules or the architecture."""
+
+
+class NonFiniteError(ZooError):
+    """NaN or infinity in a source's weights; names the tensor and the expert."""
+
+
+class LoadError(ZooError):
+    """A model cannot be loaded; names what is missing."""
+
+
+class TaskError(ZooError):
+    """An evaluation task or a prompt cannot be used; names the file and line."""
+
+
+class EngineError(ZooError):
+    """An engine is not installed, does not answer, or cannot do what is asked."""

@@ -1,0 +1,77 @@
+"""Low-rank factors of a delta, and what they leave behind. Pure functions on tensors, computed in float32."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from upscale.errors import NonFiniteError
+
+OVERSAMPLE = 16  # extra columns of the sketch (Halko, Martinsson & Tropp 2011, section 4.2 suggests 5 to 10)
+POWER_ITERATIONS = 2
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``delta ~ up @ down`` with orthonormal rows in ``down`` and the singular values folded into ``up``.
+
+    Attributes:
+        down: [r, i] float32, right singular vectors, largest singular value first.
+        up: [o, r] float32, left singular vectors times singular values.
+        norm: Frobenius norm of the delta.
+        left: Frobenius norm of ``delta - up @ down``.
+    """
+
+    down: Tensor
+    up: Tensor
+    norm: float
+    left: float
+
+
+def factor(delta: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> LowRank:
+    """Factor ``delta`` to ``rank`` by a randomised range finder, or by full SVD, with the error that this leaves.
+
+    The error is measured, not estimated: ``up @ down`` is an orthogonal projection of ``delta``, so that
+    ``|delta - up @ down|^2 = |delta|^2 - |up|^2`` (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.4 with
+    the small SVD of section 5.1).
+
+    Args:
+        delta: [o, i], any float dtype and device; computed there in float32.
+        rank: at least 1; clamped to min(o, i), and to the numerical rank of ``delta``.
+        exact: full SVD, the reference.
+        seed: of the sketch; same seed, same factors.
+
+    Returns:
+        LowRank, of rank 0 if ``delta`` is zero.
+
+    Raises:
+        NonFiniteError: NaN or infinity in ``delta``.
+    """
+    delta = delta.float()
+    norm = float(torch.linalg.vector_norm(delta))
+    if not norm < float("inf"):
+        raise NonFiniteError(f"a delta of shape {list(delta.shape)} has NaN or infinite values")
+    o, i = delta.shape
+    if norm == 0.0:
+        return LowRank(delta.new_zeros(0, i), delta.new_zeros(o, 0), 0.0, 0.0)
+    if exact or rank + OVERSAMPLE >= min(o, i):
+        u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    elif o < i:  # the small SVD then is of the shorter side
+        v, s, u = (t.mT if t.ndim == 2 else t for t in _sketched_svd(delta.mT, rank, seed))
+    else:
+        u, s, v = _sketched_svd(delta, rank, seed)
+    kept = min(rank, int((s > s[0] * max(o, i) * torch.finfo(torch.float32).eps).sum()))
+    up = u[:, :kept] * s[:kept]
+    energy = float(s[:kept].double().square().sum())
+    return LowRank(v[:kept].contiguous(), up.contiguous(), norm, max(norm**2 - energy, 0.0) ** 0.5)
+
+
+def _sketched_svd(a: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triplets of ``a`` [m, n] by subspace iteration: u [m, q], s [q], v [q, n]."""
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device
+    q = torch.randn(a.shape[1], rank + OVERSAMPLE, generator=generator).to(a.device)
+    for _ in range(POWER_ITERATIONS):
+        q = torch.linalg.qr(a.mT @ torch.linalg.qr(a @ q).Q).Q
+    q = torch.linalg.qr(a @ q).Q
+    u, s, v = torch.linalg.svd(q.mT @ a, full_matrices=False)
+    return q @ u, s, v

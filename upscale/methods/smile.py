@@ -1,0 +1,77 @@
+"""SMILE: zero-shot sparse mixture of low-rank experts (arXiv 2408.10174, section 4)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from upscale.config import SmileConfig
+from upscale.errors import NonFiniteError
+from upscale.linalg import LowRank, factor
+from upscale.modeling_upscaled import ModuleLayout
+
+NAME = "smile"
+
+
+@dataclass(frozen=True)
+class UpscaledLinear:
+    """What SMILE stores for one linear.
+
+    Attributes:
+        layout: its entry in ``config.json``; rank 0 for an expert that did not change the weight.
+        tensors: ``down`` [R, i], ``up`` [o, R], and ``bias`` [E, o] if any expert changed the bias; float32.
+        factors: of each expert, for the report.
+    """
+
+    layout: ModuleLayout
+    tensors: Mapping[str, Tensor]
+    factors: Mapping[str, LowRank]
+
+
+def router(config: SmileConfig) -> dict:
+    """The router's entry in ``config.json``."""
+    return {"type": "projection", "rank": config.router_rank, "top_k": config.top_k}
+
+
+def largest(in_features: int, out_features: int, experts: int, bias: bool, config: SmileConfig) -> ModuleLayout:
+    """The layout of a linear if every expert changed it: what to reserve before anything is read."""
+    rank = min(config.rank, in_features, out_features)
+    return ModuleLayout(in_features, out_features, (rank,) * experts, bias)
+
+
+def upscale_linear(
+    deltas: Mapping[str, Tensor], bias_deltas: Mapping[str, Tensor] | None, config: SmileConfig
+) -> UpscaledLinear | None:
+    """Factor the experts' deltas of one linear, expert-major.
+
+    Args:
+        deltas: by expert, [o, i] float32.
+        bias_deltas: by expert, [o] float32; None if the linear has no bias.
+        config: rank, exact or sketched, seed.
+
+    Returns:
+        The tensors to store; None if no expert changed the linear, which then stays a plain one.
+
+    Raises:
+        NonFiniteError: names the expert.
+    """
+    factors = {}
+    for expert, delta in deltas.items():
+        try:
+            factors[expert] = factor(delta, config.rank, exact=config.exact, seed=config.seed)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"expert {expert}: {error}") from error
+    bias = None if bias_deltas is None else torch.stack(list(bias_deltas.values()))
+    if bias is not None and not torch.isfinite(bias).all():
+        raise NonFiniteError("a bias delta has NaN or infinite values")
+    if bias is not None and not bias.any():
+        bias = None
+    ranks = tuple(f.down.shape[0] for f in factors.values())
+    if not any(ranks) and bias is None:
+        return None
+    down = torch.cat([f.down for f in factors.values()])
+    up = torch.cat([f.up for f in factors.values()], dim=1)
+    layout = ModuleLayout(down.shape[1], up.shape[0], ranks, bias is not None)
+    tensors = {"down": down, "up": up} | ({} if bias is None else {"bias": bias})
+    return UpscaledLinear(layout, tensors, factors)

@@ -1,0 +1,127 @@
+"""Preflight: do these experts fit this base? From configurations and headers alone, every mismatch at once."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from zoo.checkpoint import Checkpoint, TensorInfo
+from zoo.errors import CheckpointError, MismatchError
+from zoo.group import Group
+
+# Buffers that old versions of transformers saved beside the parameters; no weights, so their absence is no mismatch.
+_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
+_EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out|tok_embeddings)\.weight$")
+_SHOWN = 5  # tensors named per expert and kind of mismatch
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The opened models and everything that keeps them from being one group.
+
+    Attributes:
+        base: the base's headers.
+        experts: each expert's headers, by name.
+        mismatches: one line each; empty if the group can be built.
+        warnings: differences that do not keep it from being built.
+    """
+
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+    mismatches: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def require(self) -> None:
+        """Raise MismatchError with every mismatch, if there is one."""
+        if self.mismatches:
+            raise MismatchError(list(self.mismatches))
+
+
+def parameters(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """A checkpoint's weights: without saved buffers, and without a head that is only a copy of tied embeddings."""
+    tied = checkpoint.config.get("tie_word_embeddings") is True
+    return {
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if not _BUFFERS.search(name) and not (tied and name == "lm_head.weight")
+    }
+
+
+def check(group: Group) -> Verdict:
+    """Open every model of the group and compare each expert with the base.
+
+    Raises:
+        SourceError: a model cannot be found or fetched.
+        CheckpointError: a directory is no readable checkpoint; the message names the expert.
+    """
+    base = Checkpoint.open(group.base.resolve())
+    experts, mismatches, warnings = {}, [], []
+    mismatches += _unreadable("base", base)
+    for name, source in group.experts.items():
+        try:
+            experts[name] = Checkpoint.open(source.resolve())
+        except CheckpointError as error:
+            raise CheckpointError(f"expert {name}: {error}") from error
+        mismatches += _unreadable(f"expert {name}", experts[name]) or _compare(name, base, experts[name])
+        warnings += _differences(name, base.path, experts[name].path)
+    return Verdict(base, experts, tuple(mismatches), tuple(warnings))
+
+
+def _unreadable(who: str, model: Checkpoint) -> list[str]:
+    if kind := (model.config.get("quantization_config") or {}).get("quant_method"):
+        return [f"{who}: weights are quantised ({kind}); use the unquantised model, and quantise the result"]
+    if not isinstance(model.config.get("model_type"), str):
+        return [f"{who}: config.json has no model_type"]
+    if "upscale" in model.config:
+        return [f"{who}: is an upscaled model already; give the models that it was built from"]
+    if "auto_map" in model.config:
+        return [f"{who}: needs remote code (auto_map), which cannot be upscaled"]
+    odd = [name for name, info in parameters(model).items() if not info.dtype.is_floating_point]
+    return [f"{who}: tensor {odd[0]} is {model.tensors[odd[0]].dtype}, not a float"] if odd else []
+
+
+def _compare(name: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
+    if (theirs := expert.config["model_type"]) != (ours := base.config["model_type"]):
+        return [f"expert {name}: architecture {theirs} is not the base's {ours}; it was not fine-tuned from this base"]
+    have, want = parameters(expert), parameters(base)
+    lines = []
+    if (absent := sorted(want.keys() - have.keys())) or have.keys() - want.keys():
+        extra = sorted(have.keys() - want.keys())
+        if absent == ["lm_head.weight"] or extra == ["lm_head.weight"]:
+            whose = ("base", f"expert {name}") if absent else (f"expert {name}", "base")
+            lines.append(
+                f"expert {name}: tied and untied heads do not mix: {whose[0]} has lm_head.weight, {whose[1]} has not; "
+                "save the expert with the base's tie_word_embeddings"
+            )
+        else:
+            lines += _listed(f"expert {name}: lacks", absent) + _listed(f"expert {name}: has, the base has not:", extra)
+    for tensor in sorted(want.keys() & have.keys()):
+        if (theirs := have[tensor].shape) == (ours := want[tensor].shape):
+            continue
+        if _EMBEDDING.search(tensor) and theirs[1:] == ours[1:]:
+            lines.append(
+                f"expert {name}: vocabulary differs: {theirs[0]} rows in {tensor}, the base has {ours[0]}; "
+                "resize the expert's embeddings to the base's"
+            )
+        else:
+            lines.append(f"expert {name}: {tensor} has shape {list(theirs)}, the base's is {list(ours)}")
+    return lines if len(lines) <= _SHOWN else [*lines[:_SHOWN], f"expert {name}: and {len(lines) - _SHOWN} more"]
+
+
+def _listed(what: str, tensors: list[str]) -> list[str]:
+    more = f" and {len(tensors) - _SHOWN} more" if len(tensors) > _SHOWN else ""
+    return [f"{what} {', '.join(tensors[:_SHOWN])}{more}"] if tensors else []
+
+
+def _differences(name: str, base: Path, expert: Path) -> list[str]:
+    lines = []
+    for file, what in (("tokenizer.json", "tokenizer"), ("chat_template.jinja", "chat template")):
+        ours, theirs = (_digest(model / file) for model in (base, expert))
+        if theirs is not None and ours != theirs:
+            lines.append(f"expert {name}: {what} differs from the base's, which the result keeps")
+    return lines
+
+
+def _digest(file: Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
