@@ -1,4 +1,4 @@
-"""The mixture layer inside vLLM: experts of one (possibly fused, possibly sharded) linear, added by its quant method."""
+"""The mixture layer inside vLLM: the experts of one (fused or sharded) linear, added by its quant method."""
 
 from collections.abc import Callable, Sequence
 from copy import copy

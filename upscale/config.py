@@ -13,6 +13,12 @@ def option(default: Any, help: str, **click: Any) -> Any:
     return field(default=default, metadata={"help": help, "click": click})
 
 
+def _check_choices(config: Any) -> None:
+    for name, choices in config.CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ConfigError(f"--{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
+
+
 @dataclass(frozen=True)
 class SmileConfig:
     """How to build a SMILE model (arXiv 2408.10174)."""
@@ -48,11 +54,47 @@ class SmileConfig:
                 f"--router-rank {self.router_rank} is larger than --rank {self.rank}: "
                 "the router looks at the experts' own directions; lower it or raise --rank"
             )
-        for name, choices in self.CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"--{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        _check_choices(self)
 
     def to_recipe(self) -> dict:
         """The settings that decide the result, as plain values for ``upscale.yaml``."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "device"}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How to evaluate models on tasks."""
+
+    engine: str = option(
+        "transformers",
+        "What runs the models: transformers, vllm, or the URL of an OpenAI-compatible server.",
+        metavar="transformers|vllm|URL",
+    )
+    expert: str | None = option(
+        None,
+        "Force this expert instead of the router's choice ('base': none; 'auto': the one named like the task).",
+        metavar="NAME",
+    )
+    metric: str = option("exact_match", "How an answer is scored against the completion.")
+    prompt_template: str = option(
+        "{prompt}", "Text around a row's prompt; \\n and \\t are understood.", metavar="TEMPLATE"
+    )
+    chat: bool = option(False, "Send the prompt as a chat message, through the chat template.", is_flag=True)
+    limit: int | None = option(None, "Use only the first rows of each task.", metavar="N")
+    max_new_tokens: int = option(128, "Longest answer, in tokens.", metavar="N")
+    batch_size: int = option(32, "Prompts run together (transformers) or in flight (URL).", metavar="N")
+    dtype: str = option("auto", "Number format to run in.")
+    device: str = option("auto", "Where transformers runs: auto, cpu, cuda ...", metavar="DEVICE")
+
+    CHOICES = {"metric": ("exact_match", "contains"), "dtype": DTYPES}  # noqa: RUF012 (a constant, not a field)
+
+    def __post_init__(self):
+        for name in ("limit", "max_new_tokens", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if "{prompt}" not in self.prompt_template:
+            raise ConfigError(f"--prompt-template {self.prompt_template!r} does not contain {{prompt}}")
+        if self.chat and self.prompt_template != "{prompt}":
+            raise ConfigError("--chat and --prompt-template exclude each other: the chat template is the template")
+        _check_choices(self)

@@ -9,6 +9,7 @@ from upscale.errors import NonFiniteError
 
 OVERSAMPLE = 16  # extra columns of the sketch (Halko, Martinsson & Tropp 2011, section 4.2 suggests 5 to 10)
 POWER_ITERATIONS = 2
+_CANCELLED = 1e-4  # below this share the difference of squares is float32 rounding: take the residual itself
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,11 @@ def factor(delta: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> L
     else:
         u, s, v = _sketched_svd(delta, rank, seed)
     kept = min(rank, int((s > s[0] * max(o, i) * torch.finfo(torch.float32).eps).sum()))
-    up = u[:, :kept] * s[:kept]
-    energy = float(s[:kept].double().square().sum())
-    return LowRank(v[:kept].contiguous(), up.contiguous(), norm, max(norm**2 - energy, 0.0) ** 0.5)
+    up, down = (u[:, :kept] * s[:kept]).contiguous(), v[:kept].contiguous()
+    left = norm**2 - float(s[:kept].double().square().sum())
+    if left > _CANCELLED * norm**2:
+        return LowRank(down, up, norm, left**0.5)
+    return LowRank(down, up, norm, float(torch.linalg.vector_norm(delta - up @ down)))
 
 
 def _sketched_svd(a: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

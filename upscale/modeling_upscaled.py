@@ -112,7 +112,7 @@ class Routing:
         self.trace: dict[str, Tensor] | None = None  # set to {} to record the weights of a pass by module name
 
     def decide(self, block: nn.Module, args: tuple, kwargs: Mapping) -> None:
-        """Let a router of scope block or model look at the hidden states [B, T, d] that enter ``block`` (a pre-hook)."""
+        """Pre-hook of decoder blocks: a router of scope block or model looks at the hidden states [B, T, d]."""
         self.decided = self.router(args[0] if args else kwargs["hidden_states"], None, None)
 
     def weights(self, name: str, x: Tensor, z: Tensor, ranks: Sequence[int]) -> Tensor:

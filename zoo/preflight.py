@@ -11,7 +11,7 @@ from zoo.errors import CheckpointError, MismatchError
 from zoo.group import Group
 
 # Buffers that old versions of transformers saved beside the parameters; no weights, so their absence is no mismatch.
-_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
 _EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out|tok_embeddings)\.weight$")
 _SHOWN = 5  # tensors named per expert and kind of mismatch
 

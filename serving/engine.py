@@ -1,0 +1,60 @@
+"""vLLM as an evaluation engine, in this process's charge."""
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+
+from serving.server import engine_defaults, read_fields, require_vllm
+from upscale.config import EvalConfig
+from upscale.errors import EngineError, LoadError
+from upscale.loading import is_upscaled
+from zoo import Source
+
+
+class VllmEngine:
+    """``vllm.LLM`` with greedy sampling; forcing another expert loads the model anew."""
+
+    def __init__(self, model: str, config: EvalConfig):
+        require_vllm()
+        self.path, self.config = Source.parse(model).resolve(), config
+        self.upscaled = is_upscaled(self.path)
+        self.llm, self.expert = None, None
+
+    def answer(self, prompts: Sequence[str], expert: str | None, advance: Callable[[int], None]) -> list[str]:
+        """See ``upscale.engines.Engine``."""
+        if expert is not None and not self.upscaled:
+            raise EngineError(f"the model has no experts to choose {expert!r} from; it is a plain model")
+        if self.llm is None or expert != self.expert:
+            self.close()
+            self.llm, self.expert = self._load(expert), expert
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=self.config.max_new_tokens)
+        if self.config.chat:
+            messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            outputs = self.llm.chat(messages, sampling, use_tqdm=False)  # type: ignore[arg-type]
+        else:
+            outputs = self.llm.generate(list(prompts), sampling, use_tqdm=False)
+        advance(len(prompts))
+        return [output.outputs[0].text for output in outputs]
+
+    def _load(self, expert: str | None):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        options = engine_defaults(read_fields(self.path))
+        if self.config.dtype != "auto":
+            options["dtype"] = self.config.dtype
+        from vllm import LLM
+
+        if expert is not None:
+            options["additional_config"] = {"upscale": {"expert": expert}}
+        try:
+            return LLM(str(self.path), **options)
+        except (ValueError, RuntimeError) as error:
+            raise LoadError(f"{self.path}: vLLM cannot load it: {' '.join(str(error).split())}") from error
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
+            gc.collect()

@@ -1,0 +1,54 @@
+"""Shared fixtures: tiny groups on disk, a tokenizer, no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.architectures import TABLE, Architecture
+from zoo import Group
+from zoo.demo.tokenizer import save_tokenizer
+
+
+def save_model(model, directory: Path) -> Path:
+    """A checkpoint with the byte-level tokenizer of the demo zoo."""
+    model.save_pretrained(directory)
+    save_tokenizer(directory, max_length=256)
+    return directory
+
+
+def perturbed(architecture: Architecture, seed: int, *, names: Callable[[str], bool] = lambda name: True, scale=0.05):
+    """A fine-tune of the architecture's seed-0 model: random deltas on the parameters whose name ``names`` accepts."""
+    model = architecture.model(seed=0)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if names(name):
+            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(params=TABLE, ids=lambda architecture: architecture.name)
+def architecture(request) -> Architecture:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def groups(tmp_path_factory) -> Callable[[Architecture, int], Group]:
+    """A group of an architecture with so many fine-tunes, ``e1``, ``e2`` ...; made once per session."""
+    made: dict[tuple[str, int], Group] = {}
+
+    def group(architecture: Architecture, experts: int = 3) -> Group:
+        key = (architecture.name, experts)
+        if key not in made:
+            root = tmp_path_factory.mktemp(f"{architecture.name}-{experts}")
+            base = save_model(architecture.model(seed=0), root / "base")
+            tunes = {f"e{n}": save_model(perturbed(architecture, n), root / f"e{n}") for n in range(1, experts + 1)}
+            made[key] = Group.of(base, tunes)
+        return made[key]
+
+    return group

@@ -1,0 +1,58 @@
+"""The `upscale` command: finds its subcommands by name, and turns errors into one clear line."""
+
+import signal
+import sys
+from importlib import import_module
+from importlib.metadata import entry_points
+
+import click
+
+from zoo.errors import MismatchError, ZooError
+
+# One file a verb. `serve` and `demo` need vLLM, so they live in `serving` and are found by entry point.
+_COMMANDS = {
+    "check": "upscale.commands.check:check",
+    "eval": "upscale.commands.eval:evaluate",
+    "route": "upscale.commands.route:route",
+    "smile": "upscale.commands.smile:smile",
+}
+
+
+class _Commands(click.Group):
+    """Loads a subcommand when it is asked for, so that `upscale --help` is quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*_COMMANDS, *(point.name for point in entry_points(group="upscale.commands"))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _COMMANDS:
+            module, _, name = _COMMANDS[cmd_name].partition(":")
+            return getattr(import_module(module), name)
+        return next((p.load() for p in entry_points(group="upscale.commands", name=cmd_name)), None)
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except MismatchError as error:
+            raise click.ClickException("\n  ".join(["the group does not fit together:", *error.mismatches])) from error
+        except ZooError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing was left behind.", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="upscale-zoo", prog_name="upscale")
+def main() -> None:
+    """Turn a zoo of fine-tuned models into one model that keeps every skill, and serve it.
+
+    A GROUP is a YAML file with `base: MODEL` and `experts:` with one `name: MODEL` a line; or give it inline with
+    --base MODEL --expert NAME=MODEL --expert NAME=MODEL. A MODEL is a directory or a Hub id, org/name@revision.
+    """
+    # A polite kill cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+if __name__ == "__main__":
+    main()

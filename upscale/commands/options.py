@@ -1,0 +1,66 @@
+"""Options that commands share: settings from dataclasses, and a group given as a file or inline."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import click
+
+from zoo import Group, GroupError
+
+
+def settings(config: type) -> Callable[[Callable], Callable]:
+    """Decorate a command with one option for each field of a configuration dataclass, help text and all."""
+
+    def decorate(command: Callable) -> Callable:
+        for field in reversed(fields(config)):
+            extra: dict[str, Any] = dict(field.metadata["click"])
+            if field.name in config.CHOICES:  # type: ignore[attr-defined]
+                extra["type"] = click.Choice(config.CHOICES[field.name])  # type: ignore[attr-defined]
+            elif not extra.get("is_flag") and not extra.get("multiple"):
+                extra["type"] = int if "int" in str(field.type) else str
+            shown = not extra.get("is_flag") and field.default not in (None, ())
+            flag = f"--{field.name.replace('_', '-')}"
+            text = field.metadata["help"]
+            command = click.option(flag, default=field.default, show_default=shown, help=text, **extra)(command)
+        return command
+
+    return decorate
+
+
+def inline_group(command: Callable) -> Callable:
+    """Decorate a command with --base and --expert NAME=MODEL."""
+    command = click.option(
+        "--expert", "experts", multiple=True, metavar="NAME=MODEL", help="An expert of an inline group; repeat it."
+    )(command)
+    return click.option("--base", metavar="MODEL", help="The base of an inline group, instead of GROUP.")(command)
+
+
+def group_and_rest(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], rest: int) -> tuple[Group, list]:
+    """The group, from the first of ``paths`` or from the flags, and the ``rest`` of the paths.
+
+    Raises:
+        click.UsageError: too few or too many paths.
+        GroupError: a flag that is no NAME=MODEL, or a name twice.
+    """
+    inline = base is not None or bool(experts)
+    wanted = rest + (0 if inline else 1)
+    if len(paths) != wanted:
+        names = ([] if inline else ["GROUP"]) + ["OUT"] * rest
+        raise click.UsageError(
+            f"expected {' '.join(names) or 'no argument'}, got {len(paths)} argument(s); "
+            "a group is either GROUP or --base and --expert"
+        )
+    if not inline:
+        return Group.load(paths[0]), list(paths[1:])
+    if base is None:
+        raise GroupError("an inline group needs --base MODEL beside --expert")
+    named: dict[str, str] = {}
+    for text in experts:
+        name, found, model = text.partition("=")
+        if not found or not name or not model:
+            raise GroupError(f"--expert {text}: write NAME=MODEL")
+        if name in named:
+            raise GroupError(f"--expert {name}: given twice; names must differ")
+        named[name] = model
+    return Group.of(base, named), list(paths)

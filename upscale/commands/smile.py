@@ -1,0 +1,107 @@
+"""`upscale smile`: build a SMILE model."""
+
+import click
+from rich.table import Table
+
+from upscale.commands.display import console, progress_bar, quiet_libraries, shade, size
+from upscale.commands.options import group_and_rest, inline_group, settings
+from upscale.config import SmileConfig
+
+
+@click.command()
+@click.argument("paths", nargs=-1, metavar="[GROUP] OUT")
+@inline_group
+@settings(SmileConfig)
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+def smile(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], dry_run: bool, **options) -> None:
+    """Build OUT, one SMILE model from all models of GROUP, without data or training.
+
+    OUT must not exist; it appears only when it is complete.
+
+    \b
+    Examples:
+      upscale smile group.yaml out --rank 64
+      upscale smile out --base base --expert math=ft-math --expert code=ft-code
+      upscale smile group.yaml out --lm-head --rest average --exclude '*.k_proj' --dry-run
+    """
+    import zoo
+    from upscale.build import build
+    from upscale.methods import smile as method
+    from upscale.plan import make_plan
+
+    config = SmileConfig(**options)
+    group, (out,) = group_and_rest(paths, base, experts, rest=1)
+    quiet_libraries()
+    verdict = zoo.check(group)
+    plan = make_plan(verdict, method, config)
+    for warning in verdict.warnings:
+        console.print(f"[yellow]warning[/] {warning}", highlight=False)
+    if dry_run:
+        _show_plan(plan)
+        return
+    with progress_bar("upscaling") as progress:
+        report = build(plan, group, out, progress=progress)
+    _show_report(report)
+    console.print(f"[green]wrote[/] {out}", highlight=False, soft_wrap=True)
+
+
+def _show_plan(plan) -> None:
+    from upscale.plan import kind
+
+    table = Table(title="Plan: linears to upscale, by kind", title_justify="left")
+    for column in ("linear", "modules", "shape", "rank an expert", "parameters"):
+        table.add_column(column, justify="left" if column == "linear" else "right")
+    kinds: dict[tuple, list] = {}
+    for linear in plan.linears:
+        layout = plan.layouts[linear.name]
+        key = (kind(linear.name), f"{linear.out_features} x {linear.in_features}", layout.ranks[0])
+        kinds.setdefault(key, []).append(sum(_count(shape) for shape in layout.shapes().values()))
+    for (name, shape, rank), counts in kinds.items():
+        table.add_row(name, str(len(counts)), shape, str(rank), f"{sum(counts):,}")
+    console.print(table)
+    experts = ", ".join(plan.experts)
+    console.print(f"experts    {len(plan.experts)}: {experts}", highlight=False)
+    console.print(f"rest       {len(plan.rest)} tensors, from: {plan.config.rest}", highlight=False)
+    ratio, group = plan.result_bytes / plan.base_bytes, plan.group_bytes / plan.base_bytes
+    console.print(
+        f"size       at most {size(plan.result_bytes)}: {ratio:.2f}x the base ({size(plan.base_bytes)}); "
+        f"base and experts are {group:.2f}x",
+        highlight=False,
+    )
+    console.print(f"memory     about {size(plan.peak_bytes)} at the peak, beside the libraries'", highlight=False)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def _show_report(report) -> None:
+    from upscale.plan import kind
+
+    kinds = list(dict.fromkeys(kind(module.name) for module in report.modules))
+    table = Table(title="Energy kept, mean over experts", title_justify="left")
+    table.add_column("block")
+    for name in kinds:
+        table.add_column(name.rsplit(".", 1)[-1], justify="right")
+    blocks: dict[str, dict[str, float]] = {}
+    for module in report.modules:
+        block = module.name.removesuffix(kind(module.name)).rstrip(".").rsplit(".", 1)[-1] or "-"
+        blocks.setdefault(block, {})[kind(module.name)] = sum(module.energy.values()) / len(module.energy)
+    for block, cells in blocks.items():
+        table.add_row(block, *(shade(cells[k], f"{cells[k]:.1%}") if k in cells else "" for k in kinds))
+    console.print(table)
+    table = Table(title="Experts", title_justify="left")
+    for column in ("expert", "energy kept", "left behind in linears", "left behind in the rest"):
+        table.add_column(column, justify="left" if column == "expert" else "right")
+    for expert, energy in report.energy.items():
+        inside, outside = report.left_behind(expert)
+        table.add_row(expert, shade(energy, f"{energy:.2%}"), f"{inside:.4g}", f"{outside:.4g}")
+    console.print(table)
+    ratio, group = report.result_bytes / report.base_bytes, report.group_bytes / report.base_bytes
+    console.print(
+        f"size {size(report.result_bytes)}: {ratio:.2f}x the base, {ratio / group:.0%} of base and experts",
+        highlight=False,
+    )
