@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from upscale.errors import ConfigError, EngineError
+from zoo import Source
 
 _COMPILATION_FLAGS = {
     "--enforce-eager",
@@ -70,6 +71,7 @@ def serve(model: str, vllm_flags: tuple[str, ...], expert: str | None) -> None:
       upscale serve out --port 8123 --max-model-len 4096
       upscale serve out --expert math
     """
+    Source.parse(model)  # a directory or a Hub id, or one clear line before vLLM takes a minute to say so
     require_vllm()
     command = server_command(model, list(vllm_flags), expert)
     os.execv(command[0], command)

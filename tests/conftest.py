@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.architectures import TABLE, Architecture
+from upscale import smile
 from zoo import Group
 from zoo.demo.tokenizer import save_tokenizer
 
@@ -52,3 +53,18 @@ def groups(tmp_path_factory) -> Callable[[Architecture, int], Group]:
         return made[key]
 
     return group
+
+
+@pytest.fixture(scope="session")
+def builds(groups, tmp_path_factory):
+    """``builds(architecture, experts, **options)``: directory and Report of a group's SMILE build, made once."""
+    made = {}
+
+    def build(architecture: Architecture, experts: int = 3, **options):
+        key = (architecture.name, experts, *sorted(options.items()))
+        if key not in made:
+            out = tmp_path_factory.mktemp(f"{architecture.name}-smile") / "out"
+            made[key] = out, smile(groups(architecture, experts), out, **options)
+        return made[key]
+
+    return build

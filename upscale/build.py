@@ -78,7 +78,8 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
                 rest_reports.append(report)
             step(plan.base.tensors[name].nbytes, name)
         for linear in plan.linears:
-            for name in {linear.weight, linear.bias} - {None} - set(plan.rest):
+            own = [name for name in (linear.weight, linear.bias) if name is not None and name not in plan.rest]
+            for name in own:
                 writer.write(name, plan.base.read(name).to(plan.declared[name].dtype))
             upscaled = _upscale(plan, linear)
             if upscaled is not None:
@@ -113,7 +114,11 @@ def _read(model: Checkpoint, name: str, device: str) -> Tensor:
 
 def _delta(plan: Plan, expert: str, name: str, origin: Tensor) -> Tensor:
     """float32 delta of an expert's tensor, on the build's device; checks that it is finite."""
-    return _read(plan.experts[expert], name, plan.config.device).sub_(origin)
+    delta = _read(plan.experts[expert], name, plan.config.device).sub_(origin)
+    if not float(torch.linalg.vector_norm(delta)) < float("inf"):
+        who = f"expert {expert}" if origin.isfinite().all() else "base"
+        raise NonFiniteError(f"{who}: tensor {name} has NaN or infinite values; is the download complete?")
+    return delta
 
 
 def _rest(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
@@ -127,8 +132,6 @@ def _rest(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
     for expert in plan.experts:
         delta = _delta(plan, expert, name, base)
         norms[expert] = float(torch.linalg.vector_norm(delta))
-        if not norms[expert] < float("inf"):
-            raise NonFiniteError(f"expert {expert}: tensor {name} has NaN or infinite values, or the base's has")
         mean += delta / len(plan.experts)
     if plan.config.rest == "base" or not any(norms.values()):
         return source, RestReport(name, norms, norms)
@@ -148,10 +151,7 @@ def _upscale(plan: Plan, linear: Linear):
     if linear.bias is not None:
         base = _read(plan.base, linear.bias, plan.config.device)
         bias_deltas = {expert: _delta(plan, expert, linear.bias, base) for expert in plan.experts}
-    try:
-        return plan.method.upscale_linear(deltas, bias_deltas, plan.config)
-    except NonFiniteError as error:
-        raise NonFiniteError(f"tensor {linear.weight}: {error}; is the download complete?") from error
+    return plan.method.upscale_linear(deltas, bias_deltas, plan.config)
 
 
 def _origin(plan: Plan, linear: Linear) -> Tensor:

@@ -18,6 +18,14 @@ _COMMANDS = {
 }
 
 
+class _Terminated(SystemExit):
+    """A polite kill: cleans up like Ctrl-C does."""
+
+
+def _terminate(*_) -> None:
+    raise _Terminated(143)
+
+
 class _Commands(click.Group):
     """Loads a subcommand when it is asked for, so that `upscale --help` is quick."""
 
@@ -40,6 +48,9 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted; nothing was left behind.", err=True)
             sys.exit(130)
+        except _Terminated:
+            click.echo("Terminated; nothing was left behind.", err=True)
+            raise
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -50,8 +61,7 @@ def main() -> None:
     A GROUP is a YAML file with `base: MODEL` and `experts:` with one `name: MODEL` a line; or give it inline with
     --base MODEL --expert NAME=MODEL --expert NAME=MODEL. A MODEL is a directory or a Hub id, org/name@revision.
     """
-    # A polite kill cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminate)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from upscale.errors import LoadError
@@ -41,7 +42,7 @@ def load(path: str | Path, *, expert: str | None = None, dtype: str = "auto", **
         if expert is not None:
             raise LoadError(f"{path}: has no experts to choose {expert!r} from; it is a plain model")
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **kwargs)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise LoadError(f"{path}: {' '.join(str(error).split())}") from error
 
 

@@ -136,12 +136,18 @@ class Routing:
 
 
 def _fit(w: Tensor, x: Tensor) -> Tensor:
-    """Stretch given weights to the tokens of ``x``: beams repeat a sequence's row, some models flatten B and T."""
+    """Stretch given weights to the tokens of ``x``: beams repeat a sequence's row, some models flatten B and T.
+
+    An output head may be given each sequence's last tokens alone.
+    """
+    if w.ndim == x.ndim == 3 and w.shape[0] == x.shape[0]:
+        w = w[:, -x.shape[1] :]
     if w.ndim == x.ndim and w.shape[:-1] == x.shape[:-1]:
         return w
+    per_sequence = w.ndim == 2 and x.ndim == 3
     w, tokens = w.flatten(0, -2), x.shape[:-1].numel()
-    if tokens % w.shape[0]:
-        raise ValueError(f"{w.shape[0]} rows of routing weights do not fit {tokens} tokens")
+    if (x.shape[0] if per_sequence else tokens) % w.shape[0]:
+        raise ValueError(f"{w.shape[0]} rows of routing weights do not fit an input of shape {list(x.shape)}")
     return w.repeat_interleave(tokens // w.shape[0], dim=0).view(*x.shape[:-1], -1)
 
 
@@ -336,6 +342,7 @@ class UpscaledForCausalLM:
         tensors = _expert_tensors(Path(path), layout)
         for key in ("trust_remote_code", "revision", "adapter_kwargs", "output_loading_info"):
             kwargs.pop(key, None)
+        kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name
         with _without("transformers.modeling_utils"), _without("transformers.utils.loading_report"):
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, config=base_config(fields), output_loading_info=True, **kwargs

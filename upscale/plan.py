@@ -131,6 +131,6 @@ def _choose(found: Sequence[Linear], config: SmileConfig) -> list[Linear]:
 
 def _check_device(device: str) -> None:
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # read back: `meta` makes tensors, but holds no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error

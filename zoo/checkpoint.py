@@ -102,17 +102,18 @@ def _read_json(file: Path, missing: str) -> dict:
 
 def _shards(path: Path) -> dict[Path, set[str] | None]:
     """Each shard with the tensors that the index promises in it (None without an index)."""
-    if (path / INDEX).is_file():
+    shards: dict[Path, set[str] | None]
+    if (path / SINGLE).is_file():  # before the index, as in transformers
+        shards = {path / SINGLE: None}
+    elif (path / INDEX).is_file():
         weight_map = _read_json(path / INDEX, "").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path / INDEX}: no weight_map; fetch the file again")
-        shards: dict[Path, set[str] | None] = {path / file: set() for file in sorted(set(weight_map.values()))}
+        if not isinstance(weight_map, dict) or {type(file) for file in weight_map.values()} != {str}:
+            raise CheckpointError(f"{path / INDEX}: no weight_map of tensors and files; fetch the file again")
+        shards = {path / file: set() for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             names = shards[path / file]
             assert names is not None
             names.add(name)
-    elif (path / SINGLE).is_file():
-        shards = {path / SINGLE: None}
     elif pickles := sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]):
         raise CheckpointError(
             f"{path}: weights only as pickle ({pickles[0]}), which can run code when read; "
@@ -121,7 +122,9 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
     else:
         raise CheckpointError(f"{path}: no weights (neither {SINGLE} nor {INDEX})")
     if missing := [file.name for file in shards if not file.is_file()]:
-        raise CheckpointError(f"{path}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing[:3])}")
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing[:3])}; fetch the model again"
+        )
     return shards
 
 
@@ -130,6 +133,8 @@ def _opened(file: Path):
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: truncated or damaged ({error}); fetch the file again") from error
+    except (RuntimeError, MemoryError) as error:  # a private map of the whole file counts as memory
+        raise CheckpointError(f"{file}: too large to map ({error}); save the model in smaller shards") from error
 
 
 def _header(file: Path, names: set[str] | None) -> dict[str, TensorInfo]:

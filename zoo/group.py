@@ -7,11 +7,21 @@ from pathlib import Path
 
 import yaml
 
-from zoo.errors import GroupError
+from zoo.errors import GroupError, SourceError
 from zoo.source import Source
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _RESERVED = {"base", "auto"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: the first of two experts would be lost."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]!r} stands there twice; names must differ")
+        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,13 @@ class Group:
     @classmethod
     def of(cls, base: str | Path, experts: Mapping[str, str | Path], relative_to: Path | None = None) -> "Group":
         """A group from paths or Hub ids. Raises GroupError or SourceError, naming the expert."""
-        parse = {name: Source.parse(str(text), relative_to) for name, text in experts.items()}
-        return cls(Source.parse(str(base), relative_to), parse)
+        sources = {}
+        for name, text in experts.items():
+            try:
+                sources[name] = Source.parse(str(text), relative_to)
+            except SourceError as error:
+                raise SourceError(f"expert {name}: {error}") from error
+        return cls(Source.parse(str(base), relative_to), sources)
 
     @classmethod
     def load(cls, file: str | Path) -> "Group":
@@ -51,10 +66,10 @@ class Group:
         """
         file = Path(file)
         try:
-            content = yaml.safe_load(file.read_text())
+            content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
         except (OSError, UnicodeDecodeError) as error:
             raise GroupError(f"{file}: cannot be read as a group file ({error})") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise GroupError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
         wanted = "a group file holds `base: MODEL` and `experts:` with one `name: MODEL` a line"
         if not isinstance(content, dict) or set(content) != {"base", "experts"}:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zoo.checkpoint import Checkpoint, TensorInfo
-from zoo.errors import CheckpointError, MismatchError
+from zoo.errors import CheckpointError, MismatchError, SourceError
 from zoo.group import Group
 
 # Buffers that old versions of transformers saved beside the parameters; no weights, so their absence is no mismatch.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
 _EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out|tok_embeddings)\.weight$")
+_HEAD = "lm_head.weight"
 _SHOWN = 5  # tensors named per expert and kind of mismatch
 
 
@@ -44,7 +45,7 @@ def parameters(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return {
         name: info
         for name, info in checkpoint.tensors.items()
-        if not _BUFFERS.search(name) and not (tied and name == "lm_head.weight")
+        if not _BUFFERS.search(name) and not (tied and name == _HEAD)
     }
 
 
@@ -57,15 +58,16 @@ def check(group: Group) -> Verdict:
     """
     base = Checkpoint.open(group.base.resolve())
     experts, mismatches, warnings = {}, [], []
-    mismatches += _unreadable("base", base)
+    unreadable = _unreadable("base", base)
     for name, source in group.experts.items():
         try:
             experts[name] = Checkpoint.open(source.resolve())
-        except CheckpointError as error:
-            raise CheckpointError(f"expert {name}: {error}") from error
-        mismatches += _unreadable(f"expert {name}", experts[name]) or _compare(name, base, experts[name])
+        except (SourceError, CheckpointError) as error:
+            raise type(error)(f"expert {name}: {error}") from error
+        found = _unreadable(f"expert {name}", experts[name])
+        mismatches += found if found or unreadable else _compare(name, base, experts[name])
         warnings += _differences(name, base.path, experts[name].path)
-    return Verdict(base, experts, tuple(mismatches), tuple(warnings))
+    return Verdict(base, experts, (*unreadable, *mismatches), tuple(warnings))
 
 
 def _unreadable(who: str, model: Checkpoint) -> list[str]:
@@ -86,16 +88,15 @@ def _compare(name: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
         return [f"expert {name}: architecture {theirs} is not the base's {ours}; it was not fine-tuned from this base"]
     have, want = parameters(expert), parameters(base)
     lines = []
-    if (absent := sorted(want.keys() - have.keys())) or have.keys() - want.keys():
-        extra = sorted(have.keys() - want.keys())
-        if absent == ["lm_head.weight"] or extra == ["lm_head.weight"]:
-            whose = ("base", f"expert {name}") if absent else (f"expert {name}", "base")
-            lines.append(
-                f"expert {name}: tied and untied heads do not mix: {whose[0]} has lm_head.weight, {whose[1]} has not; "
-                "save the expert with the base's tie_word_embeddings"
-            )
-        else:
-            lines += _listed(f"expert {name}: lacks", absent) + _listed(f"expert {name}: has, the base has not:", extra)
+    absent, extra = want.keys() - have.keys(), have.keys() - want.keys()
+    if _HEAD in absent | extra:
+        whose = ("base", f"expert {name}") if _HEAD in absent else (f"expert {name}", "base")
+        lines.append(
+            f"expert {name}: tied and untied heads do not mix: {whose[0]} has {_HEAD}, {whose[1]} has not; "
+            "save the expert with the base's tie_word_embeddings"
+        )
+    lines += _listed(f"expert {name}: lacks", sorted(absent - {_HEAD}))
+    lines += _listed(f"expert {name}: has, the base has not:", sorted(extra - {_HEAD}))
     for tensor in sorted(want.keys() & have.keys()):
         if (theirs := have[tensor].shape) == (ours := want[tensor].shape):
             continue

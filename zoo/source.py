@@ -6,7 +6,7 @@ from pathlib import Path
 
 from zoo.errors import SourceError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.bin.index.json"]
 
 
@@ -29,13 +29,16 @@ class Source:
         Raises:
             SourceError: neither an existing directory nor the form of a Hub id.
         """
-        path = (relative_to or Path()) / Path(text).expanduser()
-        if path.is_dir():
-            return cls(str(path))
-        location, _, revision = text.partition("@")
-        if _HUB_ID.fullmatch(location):
+        try:
+            path = (relative_to or Path()) / Path(text).expanduser()
+            if text and path.is_dir():
+                return cls(str(path))
+        except (OSError, RuntimeError):  # too long, not permitted, or the home of nobody
+            pass
+        location, at, revision = text.partition("@")
+        if _HUB_ID.fullmatch(location) and bool(at) == bool(revision):
             return cls(location, revision or None)
-        raise SourceError(f"{text}: no such directory, and not a Hub id (org/name or org/name@revision)")
+        raise SourceError(f"{text or repr(text)}: no such directory, and not a Hub id (org/name or org/name@revision)")
 
     def __str__(self) -> str:
         return self.location if self.revision is None else f"{self.location}@{self.revision}"
@@ -65,6 +68,8 @@ class Source:
             raise SourceError(f"{self}: no such directory and no such model on the Hub (or it is private)") from error
         except hub.RevisionNotFoundError as error:
             raise SourceError(f"{self}: the model has no revision {self.revision!r}") from error
+        except hub.HFValidationError as error:
+            raise SourceError(f"{self}: no such directory, and not a Hub id: {error}") from error
         except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
             raise SourceError(
                 f"{self}: no such directory, and the Hub cannot be reached ({type(error).__name__}); "

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -73,10 +74,12 @@ class Writer:
 
     def __init__(self, out: str | Path, declared: Mapping[str, TensorSpec], *, shard_size: int = SHARD_SIZE):
         self.out = Path(out).absolute()
-        self.work = self.out.with_name(f".{self.out.name}.partial")
-        if self.out.exists() or self.out.is_symlink():
+        if os.path.lexists(self.out):
             raise OutputError(f"{out}: exists already; choose another directory or remove it")
+        self.work = self.out.with_name(f".{self.out.name}.partial")
         self.declared = dict(declared)
+        self._opened: dict[int, _Shard] = {}
+        self._made: list[Path] = []  # parents that were not there
         self._lock = self._claim()
         try:
             needed = sum(spec.nbytes for spec in self.declared.values())
@@ -86,16 +89,19 @@ class Writer:
         except BaseException:
             self._abandon()
             raise
-        self._opened: dict[int, _Shard] = {}
 
     def _claim(self) -> int:
         try:
+            self._made = [parent for parent in self.work.parents if not parent.exists()]
             self.work.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.work, os.O_RDONLY)
         except OSError as error:
+            self._remove_parents()
             raise OutputError(f"{self.out}: cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock), self.work.stat()):  # renamed since by the one who held the lock
+                raise BlockingIOError
         except OSError as error:
             os.close(lock)
             raise OutputError(f"{self.out}: another process is building it; wait for it or choose another") from error
@@ -123,14 +129,18 @@ class Writer:
 
         Raises:
             OutputError: the disk is full.
-            ValueError: not declared, another dtype, or larger than declared (a bug in the caller).
+            ValueError: not declared, written before, another dtype, or larger than declared (a bug in the caller).
         """
+        number = next((n for n, shard in enumerate(self.shards) if name in shard), None)
+        if number is None:
+            raise ValueError(f"{name}: not declared")
+        if number in self._opened and name in self._opened[number].entries:
+            raise ValueError(f"{name}: written before")
         spec = self.declared[name]
         if tensor.dtype != spec.dtype or len(tensor.shape) != len(spec.shape):
             raise ValueError(f"{name}: declared {spec}, got {tuple(tensor.shape)} {tensor.dtype}")
         if any(size > most for size, most in zip(tensor.shape, spec.shape, strict=True)):
             raise ValueError(f"{name}: declared {spec}, got {tuple(tensor.shape)}")
-        number = next(n for n, shard in enumerate(self.shards) if name in shard)
         try:
             if number not in self._opened:
                 self._opened[number] = _Shard(self.work / f"{number}.safetensors", self.shards[number])
@@ -184,8 +194,17 @@ class Writer:
         return OutputError(f"{self.out}: cannot be written: {error.strerror}")
 
     def _abandon(self) -> None:
+        for shard in self._opened.values():
+            with suppress(OSError):  # the disk may be full
+                shard.file.close()
         shutil.rmtree(self.work, ignore_errors=True)
+        self._remove_parents()
         os.close(self._lock)
+
+    def _remove_parents(self) -> None:
+        for parent in self._made:
+            with suppress(OSError):  # not made after all, or another process writes there too
+                parent.rmdir()
 
     def __enter__(self) -> "Writer":
         return self

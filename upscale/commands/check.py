@@ -1,6 +1,7 @@
 """`upscale check`: does a group fit together?"""
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from upscale.commands.display import console, size
@@ -33,9 +34,9 @@ def check(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...]) ->
         infos = model.tensors.values()
         formats = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos}))
         nbytes = size(sum(info.nbytes for info in infos))
-        table.add_row(name, str(source), str(model.config.get("model_type")), str(len(infos)), formats, nbytes)
+        table.add_row(name, escape(str(source)), str(model.config.get("model_type")), str(len(infos)), formats, nbytes)
     console.print(table)
     for warning in verdict.warnings:
-        console.print(f"[yellow]warning[/] {warning}", highlight=False)
+        console.print(f"[yellow]warning[/] {warning}", highlight=False, soft_wrap=True)
     verdict.require()
     console.print(f"[green]ok[/] {len(verdict.experts)} expert(s) fit the base", highlight=False)

@@ -1,6 +1,7 @@
 """`upscale smile`: build a SMILE model."""
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from upscale.commands.display import console, progress_bar, quiet_libraries, shade, size
@@ -35,14 +36,14 @@ def smile(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], dr
     verdict = zoo.check(group)
     plan = make_plan(verdict, method, config)
     for warning in verdict.warnings:
-        console.print(f"[yellow]warning[/] {warning}", highlight=False)
+        console.print(f"[yellow]warning[/] {warning}", highlight=False, soft_wrap=True)
     if dry_run:
         _show_plan(plan)
         return
     with progress_bar("upscaling") as progress:
         report = build(plan, group, out, progress=progress)
-    _show_report(report)
-    console.print(f"[green]wrote[/] {out}", highlight=False, soft_wrap=True)
+    show_report(report)
+    console.print(f"[green]wrote[/] {escape(out)}", highlight=False, soft_wrap=True)
 
 
 def _show_plan(plan) -> None:
@@ -78,7 +79,8 @@ def _count(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _show_report(report) -> None:
+def show_report(report) -> None:
+    """Print what a build kept, linear by linear and expert by expert."""
     from upscale.plan import kind
 
     kinds = list(dict.fromkeys(kind(module.name) for module in report.modules))

@@ -1,0 +1,174 @@
+"""``upscale demo``: the whole way, from a zoo trained on the spot to answers over HTTP."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from upscale.commands.display import console, progress_bar, quiet_libraries
+from upscale.config import EvalConfig, SmileConfig
+from zoo import Group, ZooError
+
+if TYPE_CHECKING:
+    from upscale.evaluate import Result
+    from upscale.tasks import Task
+
+SMILE = SmileConfig(rank=32, router_rank=8, lm_head=True, rest="average")
+MAX_NEW_TOKENS = 48
+# What the demo zoo promises; a row that breaks it fails the demo.
+EXPERT_AT_LEAST, BASE_BELOW, ARITHMETIC_BELOW = 0.85, 0.05, 0.5
+
+
+class DemoError(ZooError):
+    """The demo's models do not do what the demo promises."""
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    task: str
+    prompt: str
+    expected: str
+    answer: str
+    here: str
+    experts: str
+    tokens_per_second: float
+
+
+@click.command()
+@click.option("--limit", default=100, show_default=True, metavar="N", help="Test rows of each task to score.")
+def demo(limit: int) -> None:
+    """Train a small zoo, upscale it, evaluate it, serve it with vLLM and ask it.
+
+    The zoo (a base and its specialists on generated tasks) takes minutes the first time; later runs find it in the
+    user's cache directory.
+
+    \b
+    Example:
+      upscale demo
+    """
+    from upscale.merge import merge
+    from upscale.tasks import load_tasks
+    from zoo.demo import demo_zoo
+
+    quiet_libraries()
+    start = time.monotonic()
+    console.rule("1. the zoo: a base and its specialists")
+    directory = demo_zoo()
+    group = Group.load(directory / "group.yaml")
+    tasks = load_tasks([directory / "tasks"], limit)
+    console.print(f"{directory}: base, {', '.join(group.experts)}", highlight=False, soft_wrap=True)
+    for task in tasks:
+        console.print(f"  {task.name:8} {task.rows[0].prompt!r} -> {task.rows[0].completion!r}", highlight=False)
+
+    console.rule("2. upscale smile: one model of all")
+    made = directory.with_name(f"{directory.name}-models")
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    _build(group, made / "smile")
+    merge(group, made / "average", "average")
+    merge(group, made / "task-arithmetic", "task-arithmetic", scaling=0.3)
+
+    console.rule("3. upscale eval: everyone on unseen rows")
+    results = _evaluate(group, made, tasks)
+    _check(results, list(group.experts))
+
+    console.rule("4. upscale serve: vLLM, the openai client, one question a task")
+    exchanges = _ask(made / "smile", tasks)
+    _show(exchanges)
+    if different := [e.task for e in exchanges if e.answer != e.here]:
+        raise DemoError(f"vLLM and transformers answer differently on {', '.join(different)}")
+    console.print(f"[green]done[/] in {time.monotonic() - start:.0f} s; the model is {made / 'smile'}", soft_wrap=True)
+
+
+def _build(group: Group, out: Path) -> None:
+    from upscale.build import smile
+    from upscale.commands.smile import show_report
+
+    with progress_bar("upscaling") as progress:
+        report = smile(group, out, SMILE, progress=progress)
+    show_report(report)
+
+
+def _evaluate(group: Group, made: Path, tasks: Sequence["Task"]) -> list["Result"]:
+    from upscale.commands.eval import show
+    from upscale.evaluate import evaluate
+
+    plain = {"base": group.base.location, **{name: source.location for name, source in group.experts.items()}}
+    plain |= {"average": made / "average", "task arithmetic": made / "task-arithmetic", "SMILE": made / "smile"}
+    common = {"prompt_template": "{prompt}\\n", "max_new_tokens": MAX_NEW_TOKENS, "batch_size": 100}
+    with progress_bar("evaluating") as progress:
+        results = evaluate(plain, tasks, EvalConfig(**common), progress=progress)
+        forced = {"SMILE, right expert forced": made / "smile"}
+        results += evaluate(forced, tasks, EvalConfig(**common, expert="auto"), progress=progress)
+    show(results)
+    console.print("SMILE: the zero-shot router as published, token by token; forced: the expert named like the task.")
+    return results
+
+
+def _check(results: Sequence["Result"], experts: Sequence[str]) -> None:
+    """Raise DemoError for a row that breaks what the demo zoo promises."""
+    score = {(r.model, r.task): r.score for r in results}
+    if weak := [e for e in experts if score[e, e] < EXPERT_AT_LEAST]:
+        raise DemoError(f"experts below {EXPERT_AT_LEAST:.0%} on their own task: {', '.join(weak)}")
+    if known := [e for e in experts if score["base", e] >= BASE_BELOW]:
+        raise DemoError(f"the base solves {', '.join(known)} already ({BASE_BELOW:.0%} or more)")
+    mean = sum(score["task arithmetic", e] for e in experts) / len(experts)
+    if mean >= ARITHMETIC_BELOW:
+        raise DemoError(f"task arithmetic scores {mean:.0%}; the demo means to show it failing")
+
+
+def _ask(model: Path, tasks: Sequence["Task"]) -> list[_Exchange]:
+    """One chat question a task, over HTTP and again in transformers."""
+    import openai
+
+    from serving.running import running_server
+    from upscale.engines import TransformersEngine
+
+    engine = TransformersEngine(str(model), EvalConfig(chat=True, max_new_tokens=MAX_NEW_TOKENS))
+    exchanges = []
+    with console.status("starting vLLM ..."), running_server(model, [], model.with_name("server.log")) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        for task in tasks:
+            row = task.rows[0]
+            start = time.perf_counter()
+            reply = client.chat.completions.create(
+                model=model.name,
+                messages=[{"role": "user", "content": row.prompt}],
+                max_tokens=MAX_NEW_TOKENS,
+                temperature=0.0,
+            )
+            speed = reply.usage.completion_tokens / (time.perf_counter() - start) if reply.usage else 0.0
+            (here,) = engine.answer([row.prompt], None, lambda _: None)
+            answer = reply.choices[0].message.content or ""
+            exchanges.append(
+                _Exchange(task.name, row.prompt, row.completion, answer, here, _experts(model, row.prompt), speed)
+            )
+    return exchanges
+
+
+def _experts(model: Path, prompt: str) -> str:
+    """The experts that served a question and its answer, by mean weight: the same routing, traced in transformers."""
+    from upscale.trace import trace
+
+    traced = trace(model, prompt, chat=True, max_new_tokens=MAX_NEW_TOKENS)
+    shares = dict(zip(traced.experts, traced.overall.mean(dim=0).tolist(), strict=True))
+    return ", ".join(f"{e} {s:.0%}" for e, s in sorted(shares.items(), key=lambda item: -item[1])[:3])
+
+
+def _show(exchanges: Sequence[_Exchange]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="Answers over HTTP", title_justify="left")
+    for column in ("question", "answer", "expected", "served by", "tokens/s", "as in transformers"):
+        table.add_column(column)
+    for e in exchanges:
+        same = "[green]yes[/]" if e.answer == e.here else f"[red]no: {escape(repr(e.here))}[/]"
+        right = "green" if e.answer.strip() == e.expected else "red"
+        answer = f"[{right}]{escape(e.answer.strip())}[/]"
+        table.add_row(escape(e.prompt), answer, escape(e.expected), e.experts, f"{e.tokens_per_second:.0f}", same)
+    console.print(table)
