@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
+from torch import nn
 
 OLDEST, NEWEST = "0.25.1", "0.32.0"
 
@@ -31,13 +32,14 @@ def register_config(config_class: type) -> None:
     _CONFIG_REGISTRY[config_class.model_type] = config_class
 
 
-def renamed(model_class: type, name: str) -> str:
-    """A module's name in vLLM's tree for its name in transformers, fused projections aside."""
-    mapper = getattr(model_class, "hf_to_vllm_mapper", None)
+def renamed(model: nn.Module, name: str) -> str:
+    """A module's name in a vLLM model for its name in transformers, fused projections aside."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return name
-    map_name = getattr(mapper, "map_name", None) or mapper._map_name  # the latter until 0.31
+    map_name = getattr(mapper, "map_name", None) or mapper._map_name  # the latter in older versions
     parent, _, leaf = name.rpartition(".")
+    if not parent:
+        return (map_name(f"{leaf}.weight") or name).removesuffix(".weight")
     # Only the parent is mapped: the mapper would also fuse `q_proj` into `qkv_proj` and lose which part it is.
-    mapped = (map_name(f"{parent}.weight") or "").removesuffix(".weight") if parent else ""
-    return f"{mapped}.{leaf}" if mapped else name
+    return f"{(map_name(f'{parent}.weight') or parent).removesuffix('.weight')}.{leaf}"

@@ -1,20 +1,26 @@
 """``upscale demo``: the whole way, from a zoo trained on the spot to answers over HTTP."""
 
+import json
+import os
+import platform
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from serving.compat import installed_version
+from serving.server import require_vllm
 from upscale.commands.display import console, progress_bar, quiet_libraries
 from upscale.config import EvalConfig, SmileConfig
 from zoo import Group, ZooError
 
 if TYPE_CHECKING:
-    from upscale.evaluate import Result
+    from upscale.evaluation import Result
     from upscale.tasks import Task
 
 SMILE = SmileConfig(rank=32, router_rank=8, lm_head=True, rest="average")
@@ -40,7 +46,8 @@ class _Exchange:
 
 @click.command()
 @click.option("--limit", default=100, show_default=True, metavar="N", help="Test rows of each task to score.")
-def demo(limit: int) -> None:
+@click.option("--record", metavar="DIR", help="Also write what was shown to DIR: demo.svg and demo.json.")
+def demo(limit: int, record: str | None) -> None:
     """Train a small zoo, upscale it, evaluate it, serve it with vLLM and ask it.
 
     The zoo (a base and its specialists on generated tasks) takes minutes the first time; later runs find it in the
@@ -50,17 +57,21 @@ def demo(limit: int) -> None:
     Example:
       upscale demo
     """
-    from upscale.merge import merge
+    from upscale.merging import merge
     from upscale.tasks import load_tasks
     from zoo.demo import demo_zoo
 
+    require_vllm()
     quiet_libraries()
     start = time.monotonic()
+    if record is not None:
+        Path(record).mkdir(parents=True, exist_ok=True)
+        console.record, console.width = True, 100
     console.rule("1. the zoo: a base and its specialists")
     directory = demo_zoo()
     group = Group.load(directory / "group.yaml")
     tasks = load_tasks([directory / "tasks"], limit)
-    console.print(f"{directory}: base, {', '.join(group.experts)}", highlight=False, soft_wrap=True)
+    console.print(f"base, {', '.join(group.experts)}", highlight=False, soft_wrap=True)
     for task in tasks:
         console.print(f"  {task.name:8} {task.rows[0].prompt!r} -> {task.rows[0].completion!r}", highlight=False)
 
@@ -81,7 +92,12 @@ def demo(limit: int) -> None:
     _show(exchanges)
     if different := [e.task for e in exchanges if e.answer != e.here]:
         raise DemoError(f"vLLM and transformers answer differently on {', '.join(different)}")
-    console.print(f"[green]done[/] in {time.monotonic() - start:.0f} s; the model is {made / 'smile'}", soft_wrap=True)
+    seconds = round(time.monotonic() - start)
+    if record is not None:
+        console.save_svg(str(Path(record) / "demo.svg"), title="make demo")
+        content = _record(results, exchanges, seconds)
+        Path(record, "demo.json").write_text(json.dumps(content, indent=2) + "\n")
+    console.print(f"[green]done[/] in {seconds} s; the model is {made / 'smile'}", soft_wrap=True)
 
 
 def _build(group: Group, out: Path) -> None:
@@ -95,7 +111,7 @@ def _build(group: Group, out: Path) -> None:
 
 def _evaluate(group: Group, made: Path, tasks: Sequence["Task"]) -> list["Result"]:
     from upscale.commands.eval import show
-    from upscale.evaluate import evaluate
+    from upscale.evaluation import evaluate
 
     plain = {"base": group.base.location, **{name: source.location for name, source in group.experts.items()}}
     plain |= {"average": made / "average", "task arithmetic": made / "task-arithmetic", "SMILE": made / "smile"}
@@ -148,6 +164,21 @@ def _ask(model: Path, tasks: Sequence["Task"]) -> list[_Exchange]:
                 _Exchange(task.name, row.prompt, row.completion, answer, here, _experts(model, row.prompt), speed)
             )
     return exchanges
+
+
+def _record(results: Sequence["Result"], exchanges: Sequence[_Exchange], seconds: int) -> dict:
+    """What the demo measured, with versions and machine."""
+    from upscale.evaluation import to_json
+
+    packages = ("upscale-zoo", "torch", "transformers")
+    versions = {"vllm": installed_version(), **{name: version(name) for name in packages}}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "seconds": seconds,
+        **to_json(results),
+        "exchanges": [asdict(exchange) for exchange in exchanges],
+    }
 
 
 def _experts(model: Path, prompt: str) -> str:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from serving.server import engine_defaults, read_fields, require_vllm
 from upscale.config import EvalConfig
 from upscale.errors import EngineError, LoadError
-from upscale.loading import is_upscaled
-from zoo import Source
+from upscale.loading import is_upscaled, locate
 
 
 class VllmEngine:
@@ -16,7 +15,7 @@ class VllmEngine:
 
     def __init__(self, model: str, config: EvalConfig):
         require_vllm()
-        self.path, self.config = Source.parse(model).resolve(), config
+        self.path, self.config = locate(model), config
         self.upscaled = is_upscaled(self.path)
         self.llm, self.expert = None, None
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Mixture(nn.Module):
     ``down`` and ``up`` whole, and sum the projections over ranks before routing (a norm is not linear).
     """
 
-    def __init__(self, linear: nn.Module, parts: Sequence[Part], routing: Routing):
+    def __init__(self, linear: Any, parts: Sequence[Part], routing: Routing):
         super().__init__()
         self.parts, self.routing = list(parts), routing
         self.by_row = isinstance(linear, RowParallelLinear) and linear.tp_size > 1
@@ -102,7 +103,7 @@ class Mixture(nn.Module):
         return y + (added[0] if len(added) == 1 else torch.cat(added, dim=-1))
 
 
-def _rows(linear: nn.Module, part: Part) -> list[slice]:
+def _rows(linear: Any, part: Part) -> list[slice]:
     """The rows of ``up`` that this rank holds for a part."""
     whole = slice(0, part.layout.out_features)
     if isinstance(linear, VocabParallelEmbedding):
@@ -121,23 +122,23 @@ def _rows(linear: nn.Module, part: Part) -> list[slice]:
     return rows
 
 
-def _replicas(linear: nn.Module, index: int) -> int:
+def _replicas(linear: Any, index: int) -> int:
     """How many ranks share the same key and value heads."""
     return linear.num_kv_head_replicas if isinstance(linear, QKVParallelLinear) and index > 0 else 1
 
 
-def _rank(linear: nn.Module, index: int) -> int:
+def _rank(linear: Any, index: int) -> int:
     return linear.tp_rank // _replicas(linear, index)
 
 
-def _padding(linear: nn.Module, rows: list[slice]) -> int:
+def _padding(linear: Any, rows: list[slice]) -> int:
     """Rows that vLLM adds to a vocabulary; the experts add nothing there."""
     if not isinstance(linear, VocabParallelEmbedding):
         return 0
     return linear.num_embeddings_per_partition - sum(s.stop - s.start for s in rows)
 
 
-def _spans(linear: nn.Module, parts: Sequence[Part], up: nn.ParameterList) -> list[tuple[int | None, int]]:
+def _spans(linear: Any, parts: Sequence[Part], up: nn.ParameterList) -> list[tuple[int | None, int]]:
     """The output's columns in order: (number of the part, columns), None for a fused linear that is not upscaled."""
     if parts[0].index is None:
         return [(0, up[0].shape[0])]
@@ -150,20 +151,20 @@ def _with_experts(method: type) -> type:
     """A quant method's class whose product, quantised or not, gains the experts' part."""
 
     class Upscaled(method):
-        def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
             return layer.mixture(x, super().apply(layer, x, bias))
 
     Upscaled.__name__ = Upscaled.__qualname__ = f"Upscaled{method.__name__}"
     return Upscaled
 
 
-def attach(linear: nn.Module, parts: Sequence[Part], routing: Routing) -> Mixture:
+def attach(linear: Any, parts: Sequence[Part], routing: Routing) -> Mixture:
     """Give a vLLM linear or output head its experts. The module, its name and its weights stay as they are.
 
     Raises:
         TypeError: it is no linear of vLLM's.
     """
-    if not isinstance(linear, LinearBase | VocabParallelEmbedding):
+    if not issubclass(type(linear), LinearBase | VocabParallelEmbedding):
         raise TypeError(
             f"{parts[0].name} is a {type(linear).__name__} in vLLM, not a linear; it cannot be upscaled there"
         )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -18,9 +19,14 @@ class UpscaledModel(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         check_version()
+        config = vllm_config.model_config.hf_config
+        ours = config.architectures
+        config.architectures = [name.removeprefix(PREFIX) for name in ours or []]  # which some classes go by
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        layout = Layout.from_config(vllm_config.model_config.hf_config.upscale)
-        options = (vllm_config.additional_config or {}).get("upscale", {})
+        config.architectures = ours
+        layout = Layout.from_config(config.upscale)
+        additional = vllm_config.additional_config
+        options = additional.get("upscale", {}) if isinstance(additional, dict) else {}
         routing = layout.routing()
         forced = routing.one_hot(options.get("expert"))
         routing.forced = None if forced is None else forced.to(next(self.parameters()).device)
@@ -51,21 +57,22 @@ class UpscaledModel(nn.Module):
 
 def _located(model: nn.Module, layout: Layout) -> dict[str, list[Part]]:
     """The upscaled linears by the vLLM module that holds them; those of other pipeline stages are left out."""
-    packed = getattr(type(model), "packed_modules_mapping", {})
+    packed = getattr(model, "packed_modules_mapping", {})
     modules = dict(model.named_modules())
     found: dict[str, list[Part]] = {}
     for name, module_layout in layout.modules.items():
-        path = renamed(type(model), name)
+        path = renamed(model, name)
         parent, _, leaf = path.rpartition(".")
         index = None
         if path not in modules:
-            for fused, leaves in packed.items():
-                if leaf in leaves and f"{parent}.{fused}" in modules:
-                    path, index = f"{parent}.{fused}", leaves.index(leaf)
-                    break
+            fused = next((f for f, leaves in packed.items() if leaf in leaves and f"{parent}.{f}" in modules), None)
+            if fused is not None:
+                path, index = f"{parent}.{fused}", packed[fused].index(leaf)
+            elif not parent:  # some classes have no module for a head that is tied to the embeddings
+                path = next(path for path, module in modules.items() if isinstance(module, VocabParallelEmbedding))
+            elif _elsewhere(modules, path):
+                continue
             else:
-                if _elsewhere(modules, path):
-                    continue
                 raise ValueError(f"{name} has no counterpart in vLLM's {type(model).__mro__[2].__name__}")
         if isinstance(modules[path], PPMissingLayer):
             continue

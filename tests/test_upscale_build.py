@@ -8,19 +8,15 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from tests.architectures import TABLE
 from tests.conftest import perturbed, save_model
 from tests.reference.models import block_linears, close, dense, in_block, logits, paths, plain, tensors
 from upscale import load, smile
-from upscale.build import build
-from upscale.config import SmileConfig
 from upscale.errors import ConfigError, NonFiniteError, PlanError
-from upscale.methods import smile as method
-from upscale.plan import make_plan
-from zoo import Group, check
+from zoo import Group
 
 FULL = 1000  # clamped: full rank
 
@@ -235,65 +231,20 @@ def test_sharded_sources_build_the_same(architecture, groups, builds, tmp_path):
     assert all(torch.equal(t, two[name]) for name, t in one.items())
 
 
-def test_report_is_what_the_files_say(architecture, groups, builds):
-    out, report = builds(architecture, 3, rank=8)
-    base, experts = paths(groups(architecture, 3))
-    was, built = tensors(base), tensors(out)
-    tunes = {name: tensors(path) for name, path in experts.items()}
-    layout = json.loads((out / "config.json").read_text())["upscale"]
-    assert layout["modules"].keys() == {m.name for m in report.modules}
-    conv = {n for n, m in architecture.model(0).named_modules() if isinstance(m, Conv1D)}
-    inside, total = dict.fromkeys(experts, 0.0), dict.fromkeys(experts, 0.0)
-    for module in report.modules:
-        ranks = layout["modules"][module.name]["ranks"]
-        downs = built[f"{module.name}.experts.down"].double().split(ranks)
-        ups = built[f"{module.name}.experts.up"].double().split(ranks, dim=1)
-        for n, name in enumerate(experts):
-            delta = tunes[name][f"{module.name}.weight"].double() - was[f"{module.name}.weight"].double()
-            delta = delta.T if module.name in conv else delta
-            norm, left = float(delta.norm()), float((delta - ups[n] @ downs[n]).norm())
-            assert module.norms[name] == pytest.approx(norm, rel=1e-5)
-            assert module.left[name] == pytest.approx(left, abs=1e-5 * norm)
-            assert module.energy[name] == pytest.approx(1 - (left / norm) ** 2, abs=1e-4)
-            inside[name], total[name] = inside[name] + left**2, total[name] + norm**2
-    upscaled = {f"{m.name}.{part}" for m in report.modules for part in ("weight", "bias")}
-    assert {r.name for r in report.rest} == was.keys() - upscaled
-    for name in experts:
-        outside = sum(float((tunes[name][n].double() - was[n].double()).norm()) ** 2 for n in was.keys() - upscaled)
-        assert report.left_behind(name) == pytest.approx((inside[name] ** 0.5, outside**0.5), rel=1e-4)
-        assert report.energy[name] == pytest.approx(1 - inside[name] / total[name], abs=1e-4)
-    assert report.base_bytes == sum(t.nbytes for t in was.values())
-    assert report.group_bytes == 4 * report.base_bytes
-    assert report.result_bytes == sum(t.nbytes for t in built.values())
-    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report.to_json()))
-
-
-def test_averaged_rest_is_the_mean_and_its_report_what_is_missed(architecture, groups, builds):
-    out, report = builds(architecture, 2, rank=FULL, lm_head=True, rest="average")
+def test_checkpoints_without_the_base_models_prefix(architecture, groups, builds, tmp_path):
+    """Saved from the model without its head, as gpt2 on the Hub is: ``h.0...`` instead of ``transformer.h.0...``."""
     base, experts = paths(groups(architecture, 2))
-    was, built, tunes = tensors(base), tensors(out), {name: tensors(p) for name, p in experts.items()}
-    assert report.rest
-    for rest in report.rest:
-        mean = torch.stack([t[rest.name].double() for t in tunes.values()]).mean(dim=0)
-        torch.testing.assert_close(built[rest.name].double(), mean, atol=1e-6, rtol=1e-6)
-        for name, tune in tunes.items():
-            assert rest.norms[name] == pytest.approx(float((tune[rest.name] - was[rest.name]).norm()), rel=1e-5)
-            assert rest.left[name] == pytest.approx(float((tune[rest.name].double() - mean).norm()), rel=1e-4)
-
-
-@pytest.mark.parametrize("options", [{}, {"lm_head": True}, {"dtype": "float16"}, {"exact": True}], ids=str)
-def test_the_plan_bounds_what_is_written_and_progress_ends_at_its_total(architecture, groups, tmp_path, options):
-    group, config = groups(architecture, 2), SmileConfig(rank=8, **options)
-    plan = make_plan(check(group), method, config)
-    seen = []
-    report = build(plan, group, tmp_path / "out", progress=lambda *step: seen.append(step))
-    for name, tensor in tensors(tmp_path / "out").items():
-        assert tensor.dtype == plan.declared[name].dtype
-        assert tensor.nbytes <= plan.declared[name].nbytes
-    assert report.result_bytes <= plan.result_bytes
-    assert report.base_bytes == plan.base_bytes
-    assert report.group_bytes == plan.group_bytes
-    done, totals, names = zip(*seen, strict=True)
-    assert list(done) == sorted(done)
-    assert set(totals) == {done[-1]}
-    assert {n.name for n in plan.linears} | set(plan.rest) == set(names)
+    prefix = f"{architecture.model(0).base_model_prefix}."
+    for name, path in {"base": base, **experts}.items():
+        shutil.copytree(path, tmp_path / name)
+        stripped = {n.removeprefix(prefix): t for n, t in tensors(path).items()}
+        save_file(stripped, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    report = smile(Group.of(tmp_path / "base", {n: tmp_path / n for n in experts}), tmp_path / "out", rank=8)
+    out, want = builds(architecture, 2, rank=8)
+    model, same = load(tmp_path / "out"), load(out)
+    assert report.modules == want.modules
+    assert {r.name for r in report.rest} == {r.name.removeprefix(prefix) for r in want.rest}
+    assert model.layout == same.layout
+    assert torch.equal(logits(model), logits(same))
+    built = tensors(tmp_path / "out")
+    assert all(torch.equal(built[name], t) for name, t in tensors(tmp_path / "base").items())

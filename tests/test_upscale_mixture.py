@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.reference import smile as reference
-from tests.reference.models import IDS, close, generate, logits, padded, plain, tensors
+from tests.reference.models import IDS, close, generate, hook_experts, logits, padded, plain, tensors
 from upscale import load
 from upscale.config import SmileConfig
 from upscale.methods.smile import router, upscale_linear
@@ -19,7 +19,6 @@ from upscale.modeling_upscaled import ROUTERS, Layout, inject
 
 I, O = 24, 18  # noqa: E741
 NAMES = ("a", "b", "c")
-EPS = {torch.bfloat16: 2.0**-8}
 
 
 class Model(nn.Module):
@@ -58,7 +57,7 @@ def make(config, weight_deltas, bias_deltas=None, conv=False, base_bias=True, dt
             linear.bias.copy_(b0)
     names = NAMES[: len(weight_deltas)]
     named_biases = None if bias_deltas is None else dict(zip(names, bias_deltas, strict=True))
-    upscaled = upscale_linear(dict(zip(names, weight_deltas, strict=True)), named_biases, config)
+    upscaled = upscale_linear(zip(names, weight_deltas, strict=True), named_biases, config)
     model = Model(linear).to(dtype)
     model.routing = inject(model, Layout("smile", names, router(config), {"linear": upscaled.layout}))
     with torch.no_grad():
@@ -152,7 +151,7 @@ def test_bfloat16_is_the_papers_up_to_its_rounding(top_k):
 
     Tokens whose choice of experts hangs on less than the rounding of the logits may go either way: they are left out.
     """
-    ranks, eps = (9, 5, 9), EPS[torch.bfloat16]
+    ranks, eps = (9, 5, 9), 2.0**-8
     config = SmileConfig(rank=6, router_rank=3, top_k=top_k, exact=True)
     model, _, _ = make(config, deltas(ranks), biases(3), dtype=torch.bfloat16)
     x = randn(64, I, seed=5).bfloat16()
@@ -263,16 +262,7 @@ def toy(request, architecture, builds, groups, monkeypatch, tmp_path):
     blocks = next(module for module in by_hand.modules() if isinstance(module, nn.ModuleList))
     for block in blocks if request.param == "block" else blocks[:1]:
         block.register_forward_pre_hook(decide, with_kwargs=True)
-    for name, module in config["upscale"]["modules"].items():
-        downs = stored[f"{name}.experts.down"].split(module["ranks"])
-        ups = stored[f"{name}.experts.up"].split(module["ranks"], dim=1)
-        bias = stored.get(f"{name}.experts.bias", torch.zeros(3, module["out_features"]))
-
-        def hook(module, args, y, experts=tuple(zip(downs, ups, bias, strict=True))):
-            w = held["w"][:, -args[0].shape[1] :]  # the head sees the last token alone
-            return y + sum(w[..., e, None] * (args[0] @ v.T @ us.T + b) for e, (v, us, b) in enumerate(experts))
-
-        by_hand.get_submodule(name).register_forward_hook(hook)
+    hook_experts(by_hand, config["upscale"]["modules"], stored, held)
     return model, by_hand
 
 
@@ -307,4 +297,3 @@ def test_a_copy_has_a_router_of_its_own(toy):
     other = logits(twin)
     assert not torch.equal(other, want)
     assert torch.equal(logits(model), want)
-    assert torch.equal(logits(twin), other)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.architectures import TABLE
+from tests.cli_runs import every_file
 from zoo import Checkpoint, OutputError, TensorSpec, Writer
 
 CONFIG = {"model_type": "llama", "hidden_size": 4}
@@ -43,10 +44,6 @@ def write(out: Path, content: dict[str, torch.Tensor], declared=None, config=CON
             writer.write(name, tensor)
         writer.commit(config, FILES)
     return out
-
-
-def every_file(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def loaded(out: Path) -> dict[str, torch.Tensor]:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from upscale.build import smile
     from upscale.config import SmileConfig
-    from upscale.evaluate import evaluate
+    from upscale.evaluation import evaluate
     from upscale.loading import load
-    from upscale.merge import merge
+    from upscale.merging import merge
 
 _HOME = {
     "SmileConfig": "config",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "load": "loading",
-    "merge": "merge",
+    "merge": "merging",
     "smile": "build",
 }
 __all__ = ["SmileConfig", "evaluate", "load", "merge", "smile"]

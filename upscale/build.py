@@ -1,7 +1,7 @@
 """The build loop: read one tensor from the base and every expert, hand the deltas to the method, write."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,21 +71,25 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
     modules: dict[str, ModuleLayout] = {}
     module_reports, rest_reports = [], []
     with torch.no_grad(), Writer(out, plan.declared) as writer:
+
+        def put(name: str, tensor: Tensor) -> None:
+            writer.write(name, _cast(name, tensor, plan.declared[name].dtype))
+
         for name in plan.rest:
             tensor, report = _rest(plan, name)
-            writer.write(name, tensor.to(plan.declared[name].dtype))
+            put(name, tensor)
             if any(report.norms.values()):
                 rest_reports.append(report)
             step(plan.base.tensors[name].nbytes, name)
         for linear in plan.linears:
             own = [name for name in (linear.weight, linear.bias) if name is not None and name not in plan.rest]
             for name in own:
-                writer.write(name, plan.base.read(name).to(plan.declared[name].dtype))
+                put(name, plan.base.read(name))
             upscaled = _upscale(plan, linear)
             if upscaled is not None:
                 modules[linear.name] = upscaled.layout
                 for tensor, value in upscaled.tensors.items():
-                    writer.write(f"{linear.name}.experts.{tensor}", value.to(plan.expert_spec(linear, tensor).dtype))
+                    put(f"{linear.name}.experts.{tensor}", value)
                 factors = upscaled.factors
                 module_reports.append(
                     ModuleReport(
@@ -110,6 +114,14 @@ def _nbytes(plan: Plan, linear: Linear) -> int:
 
 def _read(model: Checkpoint, name: str, device: str) -> Tensor:
     return model.read(name).to(device).float()
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the format it is written in, which must hold it: float16 ends at 65504."""
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and not cast.isfinite().all():
+        raise NonFiniteError(f"tensor {name} has values that float16 cannot hold; use --dtype bfloat16 or float32")
+    return cast
 
 
 def _delta(plan: Plan, expert: str, name: str, origin: Tensor) -> Tensor:
@@ -143,21 +155,25 @@ def _rest(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
 def _upscale(plan: Plan, linear: Linear):
     """Hand the deltas of one linear to the method; None if it stays plain."""
     origin = _origin(plan, linear)
-    deltas = {}
-    for expert in plan.experts:
-        delta = _delta(plan, expert, linear.weight, origin)
-        deltas[expert] = delta.mT if linear.transposed else delta
+
+    def deltas() -> Iterator[tuple[str, Tensor]]:  # one at a time: each is as large as the linear in float32
+        for expert in plan.experts:
+            delta = _delta(plan, expert, linear.weight, origin)
+            yield expert, delta.mT if linear.transposed else delta
+
     bias_deltas = None
     if linear.bias is not None:
         base = _read(plan.base, linear.bias, plan.config.device)
         bias_deltas = {expert: _delta(plan, expert, linear.bias, base) for expert in plan.experts}
-    return plan.method.upscale_linear(deltas, bias_deltas, plan.config)
+    return plan.method.upscale_linear(deltas(), bias_deltas, plan.config)
 
 
 def _origin(plan: Plan, linear: Linear) -> Tensor:
     """The weight that is written for the base: a tied head shares its tensor with embeddings that may be averaged."""
-    tensor = _rest(plan, linear.weight)[0] if linear.weight in plan.rest else plan.base.read(linear.weight)
-    return tensor.to(plan.config.device).float()
+    if linear.weight not in plan.rest:
+        return _read(plan.base, linear.weight, plan.config.device)
+    written = _rest(plan, linear.weight)[0].to(plan.declared[linear.weight].dtype)
+    return written.to(plan.config.device).float()
 
 
 def _config(plan: Plan, layout: Layout) -> dict:

@@ -18,16 +18,8 @@ _COMMANDS = {
 }
 
 
-class _Terminated(SystemExit):
-    """A polite kill: cleans up like Ctrl-C does."""
-
-
-def _terminate(*_) -> None:
-    raise _Terminated(143)
-
-
 class _Commands(click.Group):
-    """Loads a subcommand when it is asked for, so that `upscale --help` is quick."""
+    """Loads a subcommand when it is asked for, and shows a user's errors as one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*_COMMANDS, *(point.name for point in entry_points(group="upscale.commands"))})
@@ -41,27 +33,35 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
-        except MismatchError as error:
-            raise click.ClickException("\n  ".join(["the group does not fit together:", *error.mismatches])) from error
-        except ZooError as error:
-            raise click.ClickException(str(error)) from error
-        except KeyboardInterrupt:
-            click.echo("Interrupted; nothing was left behind.", err=True)
-            sys.exit(130)
-        except _Terminated:
-            click.echo("Terminated; nothing was left behind.", err=True)
+        except BaseException as error:
+            if (number := ctx.meta.get("signal")) is not None:  # native code may have made any error of it
+                word = "Interrupted" if number == signal.SIGINT else "Terminated"
+                click.echo(f"{word}; nothing was left behind.", err=True)
+                sys.exit(128 + number)
+            if isinstance(error, MismatchError):
+                lines = ["the group does not fit together:", *error.mismatches]
+                raise click.ClickException("\n  ".join(lines)) from error
+            if isinstance(error, ZooError):
+                raise click.ClickException(str(error)) from error
             raise
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="upscale-zoo", prog_name="upscale")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Turn a zoo of fine-tuned models into one model that keeps every skill, and serve it.
 
     A GROUP is a YAML file with `base: MODEL` and `experts:` with one `name: MODEL` a line; or give it inline with
     --base MODEL --expert NAME=MODEL --expert NAME=MODEL. A MODEL is a directory or a Hub id, org/name@revision.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+
+    def stop(number: int, _) -> None:
+        ctx.meta["signal"] = number
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # a polite kill cleans up like Ctrl-C does
+        signal.signal(number, stop)
 
 
 if __name__ == "__main__":

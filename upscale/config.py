@@ -49,6 +49,8 @@ class SmileConfig:
         for name in ("rank", "router_rank", "top_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed must be at least 0 and less than 2**63, not {self.seed}")
         if self.router_rank > self.rank:
             raise ConfigError(
                 f"--router-rank {self.router_rank} is larger than --rank {self.rank}: "

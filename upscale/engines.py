@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
-from typing import Protocol
+from typing import Any, Protocol
 
 from upscale.config import EvalConfig
 from upscale.errors import EngineError
@@ -24,6 +24,11 @@ class Engine(Protocol):
         ...
 
 
+def is_server(config: EvalConfig) -> bool:
+    """Whether ``config.engine`` is a server's address: models then are names that it serves."""
+    return config.engine.startswith(("http://", "https://"))
+
+
 def open_engine(model: str, config: EvalConfig) -> Engine:
     """The engine that ``config.engine`` names, with ``model`` loaded.
 
@@ -31,7 +36,7 @@ def open_engine(model: str, config: EvalConfig) -> Engine:
         EngineError: no such engine, or it does not answer.
         LoadError, SourceError: the model cannot be loaded.
     """
-    if config.engine.startswith(("http://", "https://")):
+    if is_server(config):
         return ServerEngine(model, config)
     if config.engine == "transformers":
         return TransformersEngine(model, config)
@@ -46,15 +51,13 @@ class TransformersEngine:
 
     def __init__(self, model: str, config: EvalConfig):
         import torch
-        from transformers import AutoTokenizer
 
-        from upscale.loading import load
-        from zoo import Source
+        from upscale.loading import load, load_tokenizer
 
         device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         self.config = config
-        self.model = load(model, dtype=config.dtype).to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(Source.parse(model).resolve(), padding_side="left")
+        self.model: Any = load(model, dtype=config.dtype).to(torch.device(device))
+        self.tokenizer = load_tokenizer(model, padding_side="left")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 

@@ -6,11 +6,11 @@ trust_remote_code=True)`` works without the package; it therefore imports nothin
 """
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging
 
 FORMAT_VERSION = 1
 MODEL_TYPE = "upscaled"
@@ -213,10 +214,14 @@ class Layout:
 class Experts(nn.Module):
     """The low-rank experts of one linear: ``down`` [R, i], ``up`` [o, R] and, if any bias changed, ``bias`` [E, o]."""
 
+    down: nn.Parameter
+    up: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, name: str, layout: ModuleLayout, routing: Routing, *, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.name, self.ranks, self.routing = name, layout.ranks, routing
-        self.bias: nn.Parameter | None = None
+        self.bias = None
         for tensor, shape in layout.shapes().items():
             setattr(self, tensor, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
 
@@ -231,14 +236,15 @@ def inject(model: nn.Module, layout: Layout) -> Routing:
     """Attach (uninitialised) experts to the named linears of any model, by forward hooks, and return its Routing.
 
     The base modules stay as they are, of whatever class (quantised, wrapped by an adapter, Conv1D): they gain a child
-    ``experts`` and a hook that adds its output.
+    ``experts``, in the model's float format, and a hook that adds its output.
     """
     routing = layout.routing()
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     for name, module_layout in layout.modules.items():
         module = model.get_submodule(name)
         device = next(module.parameters()).device
-        module.experts = Experts(name, module_layout, routing, dtype=model.dtype, device=device)
-        module.register_forward_hook(lambda module, args, y: module.experts(args[0], y))
+        module.experts = Experts(name, module_layout, routing, dtype=dtype, device=device)
+        module.register_forward_hook(_add_experts)
     if routing.router.scope != "linear":
         blocks = decoder_blocks(model, layout)
         for block in blocks if routing.router.scope == "block" else blocks[:1]:
@@ -246,12 +252,18 @@ def inject(model: nn.Module, layout: Layout) -> Routing:
     return routing
 
 
+def _add_experts(module: Any, args: tuple, y: Tensor) -> Tensor:
+    return module.experts(args[0], y)
+
+
 def decoder_blocks(model: nn.Module, layout: Layout) -> list[nn.Module]:
     """The decoder blocks of a model in order: the module list that the first upscaled linear inside one lies in."""
     for name in layout.modules:
         parts = name.split(".")
-        if number := next((n for n, part in enumerate(parts) if part.isdigit()), None):
-            return list(model.get_submodule(".".join(parts[:number])))
+        number = next((n for n, part in enumerate(parts) if part.isdigit()), None)
+        if number is not None:
+            blocks: Any = model.get_submodule(".".join(parts[:number]))
+            return list(blocks)
     return []
 
 
@@ -343,10 +355,11 @@ class UpscaledForCausalLM:
         for key in ("trust_remote_code", "revision", "adapter_kwargs", "output_loading_info"):
             kwargs.pop(key, None)
         kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name
-        with _without("transformers.modeling_utils"), _without("transformers.utils.loading_report"):
-            model, info = AutoModelForCausalLM.from_pretrained(
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, config=base_config(fields), output_loading_info=True, **kwargs
             )
+        model, info = loaded
         if bad := [*info["missing_keys"], *info["mismatched_keys"], *(set(info["unexpected_keys"]) - set(tensors))]:
             raise ValueError(
                 f"{path}: base tensors missing, unexpected or of a wrong shape: {sorted(map(str, bad))[:5]}"
@@ -382,12 +395,11 @@ def _expert_tensors(path: Path, layout: Layout) -> dict[str, Callable[[], Tensor
 
 
 @contextmanager
-def _without(name: str) -> Iterator[None]:
-    """Silence one logger: to the base class's loader the experts' tensors are unexpected, and it says so at length."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    """The base class's loader finds the experts' tensors unexpected and says so at length; we check them ourselves."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.set_verbosity(level)

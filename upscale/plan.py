@@ -69,10 +69,6 @@ class Plan:
             sizes.append(4 * (copies * linear.in_features * linear.out_features + 3 * factors))
         return max(sizes)
 
-    def expert_spec(self, linear: Linear, tensor: str) -> TensorSpec:
-        """The declared spec of ``<module>.experts.<tensor>``."""
-        return self.declared[f"{linear.name}.experts.{tensor}"]
-
 
 def make_plan(verdict: Verdict, method: Method, config: SmileConfig) -> Plan:
     """Plan the build of a group that passed preflight; reads no weights.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from upscale.errors import PlanError
@@ -64,7 +64,7 @@ def linears(checkpoint: Checkpoint) -> list[Linear]:
     return found
 
 
-def _on_meta(config: Mapping) -> nn.Module:
+def _on_meta(config: Mapping) -> PreTrainedModel:
     kind = config["model_type"]
     try:
         settings = CONFIG_MAPPING[kind].from_dict({**config, "dtype": "float32"})
@@ -81,7 +81,7 @@ def _tensor(checkpoint: Checkpoint, prefix: str, name: str) -> str | None:
     return next((n for n in (name, name.removeprefix(f"{prefix}.")) if n in checkpoint.tensors), None)
 
 
-def _embedding(checkpoint: Checkpoint, model: nn.Module) -> str | None:
+def _embedding(checkpoint: Checkpoint, model: PreTrainedModel) -> str | None:
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
     return _tensor(checkpoint, model.base_model_prefix, f"{name}.weight")

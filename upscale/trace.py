@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from upscale.errors import LoadError
-from upscale.loading import load
+from upscale.loading import load, load_tokenizer
 from upscale.modeling_upscaled import UpscaledModel
-from zoo import Source
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,12 @@ def trace(path: str | Path, text: str, *, chat: bool = False, max_new_tokens: in
     Raises:
         LoadError: not an upscaled model, or no expert changed any of its linears.
     """
-    from transformers import AutoTokenizer
-
     model = load(path, dtype=dtype)
     if not isinstance(model, UpscaledModel):
         raise LoadError(f"{path}: a plain model, which routes nothing; give an upscaled one")
     if not model.layout.modules:
         raise LoadError(f"{path}: has no upscaled linears: every expert equals the base")
-    tokenizer = AutoTokenizer.from_pretrained(Source.parse(str(path)).resolve())
+    tokenizer = load_tokenizer(path)
     if chat:
         if not tokenizer.chat_template:
             raise LoadError(f"{path}: has no chat template")

@@ -73,3 +73,18 @@ def padded(rows):
     ids = torch.stack([torch.cat([torch.full((longest - len(row),), 2), row]) for row in rows])
     mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
     return ids, mask
+
+
+def hook_experts(model, modules, stored, held):
+    """Add the experts of ``stored`` to a plain model's linears, one by one, by ``held["w"]`` [B, T, E]."""
+    for name, module in modules.items():
+        downs = stored[f"{name}.experts.down"].split(module["ranks"])
+        ups = stored[f"{name}.experts.up"].split(module["ranks"], dim=1)
+        bias = stored.get(f"{name}.experts.bias", torch.zeros(len(ups), module["out_features"]))
+        experts = list(zip(downs, ups, bias, strict=True))
+
+        def add(module, args, y, experts=experts):
+            w = held["w"][:, -args[0].shape[1] :]  # the head sees the last token alone
+            return y + sum(w[..., e, None] * (args[0] @ v.T @ us.T + b) for e, (v, us, b) in enumerate(experts))
+
+        model.get_submodule(name).register_forward_hook(add)

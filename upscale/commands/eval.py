@@ -31,8 +31,8 @@ def evaluate(models: tuple[str, ...], tasks: tuple[str, ...], json_file: str | N
       upscale eval out --tasks dates.jsonl --engine vllm --prompt-template '{prompt}\\n'
       upscale eval out --tasks tasks/ --engine http://127.0.0.1:8000 --chat
     """
-    from upscale.evaluate import evaluate as run
-    from upscale.evaluate import to_json
+    from upscale.evaluation import evaluate as run
+    from upscale.evaluation import to_json
     from upscale.tasks import load_tasks
 
     config = EvalConfig(**options)

@@ -1,6 +1,6 @@
 """One file a method: what to store for one linear, given the experts' deltas of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -22,7 +22,7 @@ class Method(Protocol):
         ...
 
     def upscale_linear(
-        self, deltas: Mapping[str, Tensor], bias_deltas: Mapping[str, Tensor] | None, config: Any
+        self, deltas: Iterable[tuple[str, Tensor]], bias_deltas: Mapping[str, Tensor] | None, config: Any
     ) -> Any:
         """The tensors and layout to store for one linear, or None to leave it plain."""
         ...

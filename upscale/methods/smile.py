@@ -1,6 +1,6 @@
 """SMILE: zero-shot sparse mixture of low-rank experts (arXiv 2408.10174, section 4)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from upscale.errors import NonFiniteError
 from upscale.linalg import LowRank, factor
 from upscale.modeling_upscaled import ModuleLayout
 
-NAME = "smile"
+NAME: str = "smile"
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ def largest(in_features: int, out_features: int, experts: int, bias: bool, confi
 
 
 def upscale_linear(
-    deltas: Mapping[str, Tensor], bias_deltas: Mapping[str, Tensor] | None, config: SmileConfig
+    deltas: Iterable[tuple[str, Tensor]], bias_deltas: Mapping[str, Tensor] | None, config: SmileConfig
 ) -> UpscaledLinear | None:
     """Factor the experts' deltas of one linear, expert-major.
 
     Args:
-        deltas: by expert, [o, i] float32.
+        deltas: (expert, its delta [o, i] float32), taken one at a time.
         bias_deltas: by expert, [o] float32; None if the linear has no bias.
         config: rank, exact or sketched, seed.
 
@@ -54,14 +54,9 @@ def upscale_linear(
         The tensors to store; None if no expert changed the linear, which then stays a plain one.
 
     Raises:
-        NonFiniteError: names the expert.
+        NonFiniteError: NaN or infinity in a delta.
     """
-    factors = {}
-    for expert, delta in deltas.items():
-        try:
-            factors[expert] = factor(delta, config.rank, exact=config.exact, seed=config.seed)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"expert {expert}: {error}") from error
+    factors = {e: factor(delta, config.rank, exact=config.exact, seed=config.seed) for e, delta in deltas}
     bias = None if bias_deltas is None else torch.stack(list(bias_deltas.values()))
     if bias is not None and not torch.isfinite(bias).all():
         raise NonFiniteError("a bias delta has NaN or infinite values")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from upscale.config import EvalConfig
-from upscale.engines import open_engine
+from upscale.engines import is_server, open_engine
 from upscale.errors import TaskError
+from upscale.loading import locate
 from upscale.tasks import METRICS, Task, load_tasks
 
 Progress = Callable[[int, int, str], None]  # rows done, rows in all, what is being done
@@ -41,7 +42,7 @@ class Result:
 
 def evaluate(
     models: Mapping[str, str | Path],
-    tasks: Sequence[Task] | Sequence[str | Path],
+    tasks: Sequence[Task | str | Path],
     config: EvalConfig | None = None,
     *,
     progress: Progress | None = None,
@@ -62,10 +63,13 @@ def evaluate(
         ZooError: anything that a user can cause, before the first model is loaded where possible.
     """
     config = config or EvalConfig(**options)
-    loaded = [t for t in tasks if isinstance(t, Task)] or load_tasks([t for t in tasks if not isinstance(t, Task)])
+    loaded = [task for item in tasks for task in ([item] if isinstance(item, Task) else load_tasks([item]))]
     chosen = [Task(task.name, task.rows[: config.limit]) for task in loaded]
     if not models:
         raise TaskError("no model to evaluate: give at least one MODEL or NAME=MODEL")
+    if not is_server(config):
+        for model in models.values():
+            locate(model)  # before the first is loaded
     total, done = len(models) * sum(len(task.rows) for task in chosen), 0
     template = config.prompt_template.replace("\\n", "\n").replace("\\t", "\t")
     results = []
