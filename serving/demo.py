@@ -158,7 +158,7 @@ def _ask(model: Path, tasks: Sequence["Task"]) -> list[_Exchange]:
                 temperature=0.0,
             )
             speed = reply.usage.completion_tokens / (time.perf_counter() - start) if reply.usage else 0.0
-            (here,) = engine.answer([row.prompt], None, lambda _: None)
+            (here,) = engine.answer([row.prompt], lambda _: None)
             answer = reply.choices[0].message.content or ""
             exchanges.append(
                 _Exchange(task.name, row.prompt, row.completion, answer, here, _experts(model, row.prompt), speed)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from serving.server import engine_defaults, read_fields, require_vllm
 from upscale.config import EvalConfig
 from upscale.errors import EngineError, LoadError
-from upscale.loading import is_upscaled, locate
+from upscale.loading import locate
 
 
 class VllmEngine:
@@ -16,30 +16,40 @@ class VllmEngine:
     def __init__(self, model: str, config: EvalConfig):
         require_vllm()
         self.path, self.config = locate(model), config
-        self.upscaled = is_upscaled(self.path)
+        self.fields = read_fields(self.path)
         self.llm, self.expert = None, None
 
-    def answer(self, prompts: Sequence[str], expert: str | None, advance: Callable[[int], None]) -> list[str]:
-        """See ``upscale.engines.Engine``."""
-        if expert is not None and not self.upscaled:
-            raise EngineError(f"the model has no experts to choose {expert!r} from; it is a plain model")
+    def force(self, expert: str | None) -> None:
+        """See ``upscale.engines.Engine``; loads the model, anew if it was loaded for another expert."""
+        names = [*self.fields["upscale"]["experts"], "base"] if "upscale" in self.fields else []
+        if expert is not None and expert not in names:
+            raise EngineError(
+                f"no expert {expert} in this model; it has {', '.join(names) or 'none: it is a plain one'}"
+            )
         if self.llm is None or expert != self.expert:
             self.close()
             self.llm, self.expert = self._load(expert), expert
+
+    def answer(self, prompts: Sequence[str], advance: Callable[[int], None]) -> list[str]:
+        """See ``upscale.engines.Engine``."""
+        assert self.llm is not None, "force() comes first"
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0.0, max_tokens=self.config.max_new_tokens)
-        if self.config.chat:
-            messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            outputs = self.llm.chat(messages, sampling, use_tqdm=False)  # type: ignore[arg-type]
-        else:
-            outputs = self.llm.generate(list(prompts), sampling, use_tqdm=False)
+        try:
+            if self.config.chat:
+                messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+                outputs = self.llm.chat(messages, sampling, use_tqdm=False)  # type: ignore[arg-type]
+            else:
+                outputs = self.llm.generate(list(prompts), sampling, use_tqdm=False)
+        except ValueError as error:  # e.g. a prompt longer than the model's context, or no chat template
+            raise EngineError(f"vLLM refuses: {' '.join(str(error).split())}") from error
         advance(len(prompts))
         return [output.outputs[0].text for output in outputs]
 
     def _load(self, expert: str | None):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        options = engine_defaults(read_fields(self.path))
+        options = engine_defaults(self.fields)
         if self.config.dtype != "auto":
             options["dtype"] = self.config.dtype
         from vllm import LLM

@@ -32,11 +32,10 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny model: its configuration, and whether vLLM serves it (all others run in transformers alone)."""
+    """A tiny model of one architecture."""
 
     name: str
     config: Callable[[], PretrainedConfig]
-    served: bool = True
 
     def model(self, seed: int):
         """A float32 model with random weights, large enough that routing and logits differ between tokens."""
@@ -58,11 +57,9 @@ TABLE = [
         lambda: GPT2Config(
             vocab_size=259, n_embd=64, n_layer=2, n_head=2, n_positions=256, bos_token_id=0, eos_token_id=1
         ),
-        served=False,
     ),
-    Architecture("gemma2", lambda: Gemma2Config(**SHAPE, query_pre_attn_scalar=32), served=False),
+    Architecture("gemma2", lambda: Gemma2Config(**SHAPE, query_pre_attn_scalar=32)),
 ]
-SERVED = [architecture for architecture in TABLE if architecture.served]
 
 
 def _without_head_dim() -> dict:

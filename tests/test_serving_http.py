@@ -52,7 +52,9 @@ def client(server):
 
 def in_transformers(checkpoint, prompts, chat=False, expert=None):
     config = EvalConfig(chat=chat, max_new_tokens=TOKENS)
-    return TransformersEngine(str(checkpoint), config).answer(prompts, expert, lambda _: None)
+    engine = TransformersEngine(str(checkpoint), config)
+    engine.force(expert)
+    return engine.answer(prompts, lambda _: None)
 
 
 def test_the_model_is_served_under_its_directory_name(client):

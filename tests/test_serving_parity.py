@@ -1,10 +1,9 @@
-"""vLLM gives the numbers that transformers gives: every served architecture, eager and compiled."""
+"""vLLM gives the numbers that transformers gives: every architecture of the table, eager and compiled."""
 
 import pytest
 import torch
 
 import upscale
-from tests.architectures import SERVED
 from tests.conftest import save_model
 from tests.vllm_runs import generate, logprobs, prompts, reference, vllm_engine
 from zoo import Group
@@ -13,23 +12,6 @@ LENGTHS = (3, 17, 40, 100, 150)  # the last two are prefilled in chunks
 TOLERANCE = 1e-3
 MODES = {"eager": {"enforce_eager": True}, "compiled": {"enforce_eager": False}}
 
-pytestmark = pytest.mark.parametrize("served", SERVED, ids=lambda architecture: architecture.name)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(groups, tmp_path_factory):
-    """One low-rank checkpoint an architecture, with everything on: two of three experts, the head, averaged rest."""
-    made = {}
-
-    def checkpoint(architecture):
-        if architecture.name not in made:
-            out = tmp_path_factory.mktemp(architecture.name) / "smile"
-            upscale.smile(groups(architecture), out, rank=8, router_rank=4, top_k=2, lm_head=True, rest="average")
-            made[architecture.name] = out
-        return made[architecture.name]
-
-    return checkpoint
-
 
 def assert_parity(model, outputs, tolerance=TOLERANCE):
     for output in outputs:
@@ -37,8 +19,8 @@ def assert_parity(model, outputs, tolerance=TOLERANCE):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_vllm_equals_transformers(served, mode, checkpoints):
-    out = checkpoints(served)
+def test_vllm_equals_transformers(architecture, mode, builds):
+    out, _ = builds(architecture, 3, rank=8, router_rank=4, top_k=2, lm_head=True, rest="average")
     model = upscale.load(out)
     requests = prompts(LENGTHS)
     with vllm_engine(out, **MODES[mode]) as llm:
@@ -53,16 +35,16 @@ def test_vllm_equals_transformers(served, mode, checkpoints):
         assert [o.outputs[0].token_ids for o in alone] == [o.outputs[0].token_ids for o in first]
 
 
-def test_full_rank_and_one_expert_is_the_fine_tune(served, groups, tmp_path):
-    group = groups(served, 1)
+def test_full_rank_and_one_expert_is_the_fine_tune(architecture, groups, tmp_path):
+    group = groups(architecture, 1)
     upscale.smile(group, tmp_path / "out", rank=10_000, lm_head=True, rest="average")
     fine_tune = upscale.load(group.experts["e1"].location)
     with vllm_engine(tmp_path / "out") as llm:
         assert_parity(fine_tune, generate(llm, prompts(LENGTHS)), tolerance=1e-4)
 
 
-def test_forced_expert_in_a_full_rank_group_is_base_plus_its_linears(served, groups, tmp_path):
-    group = groups(served, 2)
+def test_forced_expert_in_a_full_rank_group_is_base_plus_its_linears(architecture, groups, tmp_path):
+    group = groups(architecture, 2)
     out = tmp_path / "out"
     upscale.smile(group, out, rank=10_000)
     expected = upscale.load(group.base.location)
@@ -76,8 +58,8 @@ def test_forced_expert_in_a_full_rank_group_is_base_plus_its_linears(served, gro
         assert_parity(expected, generate(llm, prompts(LENGTHS)), tolerance=1e-4)
 
 
-def test_experts_equal_to_the_base_give_the_base(served, groups, tmp_path):
-    base = groups(served, 1).base
+def test_experts_equal_to_the_base_give_the_base(architecture, groups, tmp_path):
+    base = groups(architecture, 1).base
     copy = save_model(upscale.load(base.location), tmp_path / "copy")
     upscale.smile(Group.of(base.location, {"a": copy, "b": copy}), tmp_path / "out", rank=4, router_rank=2)
     with vllm_engine(base.location) as llm:

@@ -139,7 +139,7 @@ def out(builds):
 def test_transformers_answers_are_generation_by_hand(architecture, builds, batch_size):
     directory, _ = builds(architecture, 3, rank=16, router_rank=4, top_k=2)
     engine, seen = open_engine(str(directory), EvalConfig(max_new_tokens=8, batch_size=batch_size)), []
-    answers = engine.answer(PROMPTS, None, seen.append)
+    answers = engine.answer(PROMPTS, seen.append)
     assert answers == by_hand(load(directory), directory, PROMPTS)
     assert sum(seen) == len(PROMPTS)
     engine.close()

@@ -73,7 +73,7 @@ def test_sketch_keeps_the_energy_of_the_svd(shape, rank, power, seed):
     low = factor(delta, rank, seed=seed)
     best = float(truncated(delta, rank).norm() ** 2)
     kept = float(product(low).norm() ** 2)
-    assert best * 0.999 <= kept <= best * (1 + 1e-5)
+    assert best * 0.995 <= kept <= best * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(200, 80), (80, 200), (120, 120)])

@@ -15,8 +15,12 @@ Advance = Callable[[int], None]  # so many more prompts are done
 class Engine(Protocol):
     """Greedy answers to prompts."""
 
-    def answer(self, prompts: Sequence[str], expert: str | None, advance: Advance) -> list[str]:
-        """Answers in the order of ``prompts``; ``expert`` forces one. Raises EngineError."""
+    def force(self, expert: str | None) -> None:
+        """From here on, route every token to ``expert``; None for the router. Raises EngineError if that cannot be."""
+        ...
+
+    def answer(self, prompts: Sequence[str], advance: Advance) -> list[str]:
+        """Answers in the order of ``prompts``. Raises EngineError."""
         ...
 
     def close(self) -> None:
@@ -60,29 +64,35 @@ class TransformersEngine:
         self.tokenizer = load_tokenizer(model, padding_side="left")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.options: dict[str, str] = {}
 
-    def answer(self, prompts: Sequence[str], expert: str | None, advance: Advance) -> list[str]:
-        """See Engine; prompts of like length run together."""
+    def force(self, expert: str | None) -> None:
+        """See Engine."""
         if expert is not None and not hasattr(self.model, "routing"):
             raise EngineError(f"the model has no experts to choose {expert!r} from; it is a plain model")
-        options = {} if expert is None else {"expert": expert}
+        if expert is not None:
+            try:
+                self.model.routing.one_hot(expert)
+            except ValueError as error:  # no such expert
+                raise EngineError(str(error)) from error
+        self.options = {} if expert is None else {"expert": expert}
+
+    def answer(self, prompts: Sequence[str], advance: Advance) -> list[str]:
+        """See Engine; prompts of like length run together."""
         answers = [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
         for start in range(0, len(order), self.config.batch_size):
             batch = order[start : start + self.config.batch_size]
             encoded = self._encode([prompts[n] for n in batch])
-            try:
-                output = self.model.generate(
-                    input_ids=encoded["input_ids"],
-                    attention_mask=encoded["attention_mask"],
-                    max_new_tokens=self.config.max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    **options,
-                )
-            except ValueError as error:  # an unknown expert
-                raise EngineError(str(error)) from error
+            output = self.model.generate(
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                max_new_tokens=self.config.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **self.options,
+            )
             tails = output[:, encoded["input_ids"].shape[1] :]
             for n, text in zip(batch, self.tokenizer.batch_decode(tails, skip_special_tokens=True), strict=True):
                 answers[n] = text
@@ -124,12 +134,14 @@ class ServerEngine:
         if model not in served:
             raise EngineError(f"{config.engine} serves {', '.join(served)}, not {model}")
 
-    def answer(self, prompts: Sequence[str], expert: str | None, advance: Advance) -> list[str]:
+    def force(self, expert: str | None) -> None:
         """See Engine; a server's expert is chosen when it starts."""
-        import openai
-
         if expert is not None:
             raise EngineError("a server's expert cannot be forced by a client; use `upscale serve --expert NAME`")
+
+    def answer(self, prompts: Sequence[str], advance: Advance) -> list[str]:
+        """See Engine; prompts are in flight together."""
+        import openai
 
         def ask(prompt: str) -> str:
             options = {"model": self.model, "max_tokens": self.config.max_new_tokens, "temperature": 0.0}

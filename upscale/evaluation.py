@@ -85,9 +85,10 @@ def evaluate(
                         progress(done, total, what)
 
                 expert = task.name if config.expert == "auto" else config.expert
+                engine.force(expert)
                 prompts = [template.replace("{prompt}", row.prompt) for row in task.rows]
                 start = time.perf_counter()
-                answers = engine.answer(prompts, expert, advance)
+                answers = engine.answer(prompts, advance)
                 seconds = time.perf_counter() - start
                 scores = [METRICS[config.metric](a, r.completion) for a, r in zip(answers, task.rows, strict=True)]
                 score = sum(scores) / len(scores)

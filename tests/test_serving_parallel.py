@@ -1,0 +1,41 @@
+"""Two tensor-parallel ranks give the numbers of transformers: grouped heads, biases, a tied output head."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+import upscale
+from tests.architectures import TABLE
+from tests.vllm_runs import prompts
+
+QWEN2 = next(architecture for architecture in TABLE if architecture.name == "qwen2")
+# Ranks are processes, so the engine needs a main module that can be imported.
+SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    path, requests, answers = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+    llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=128, tensor_parallel_size=2)
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in requests], sampling, use_tqdm=False)
+    scores = [[step[t].logprob for step, t in list(zip(o.prompt_logprobs, o.prompt_token_ids))[1:]] for o in outputs]
+    json.dump(scores, open(answers, "w"))
+"""
+
+
+def test_two_ranks_give_the_numbers_of_transformers(builds, tmp_path):
+    out, _ = builds(QWEN2, 3, rank=8, router_rank=4, top_k=2, lm_head=True, rest="average")
+    requests = prompts((5, 40))
+    (tmp_path / "run.py").write_text(SCRIPT)
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = [sys.executable, str(tmp_path / "run.py"), str(out), json.dumps(requests), str(tmp_path / "scores.json")]
+    subprocess.run(command, env=environment, check=True, timeout=280, capture_output=True)
+    model = upscale.load(out)
+    for ids, scores in zip(requests, json.loads((tmp_path / "scores.json").read_text()), strict=True):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        expected = expected.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(scores), expected, atol=1e-4, rtol=0)
