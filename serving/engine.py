@@ -4,10 +4,10 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 
-from serving.server import engine_defaults, read_fields, require_vllm
+from serving.server import engine_defaults, require_vllm
 from upscale.config import EvalConfig
 from upscale.errors import EngineError, LoadError
-from upscale.loading import locate
+from upscale.loading import locate, read_config, require_expert
 
 
 class VllmEngine:
@@ -16,16 +16,12 @@ class VllmEngine:
     def __init__(self, model: str, config: EvalConfig):
         require_vllm()
         self.path, self.config = locate(model), config
-        self.fields = read_fields(self.path)
         self.llm, self.expert = None, None
 
     def force(self, expert: str | None) -> None:
         """See ``upscale.engines.Engine``; loads the model, anew if it was loaded for another expert."""
-        names = [*self.fields["upscale"]["experts"], "base"] if "upscale" in self.fields else []
-        if expert is not None and expert not in names:
-            raise EngineError(
-                f"no expert {expert} in this model; it has {', '.join(names) or 'none: it is a plain one'}"
-            )
+        if expert is not None:
+            require_expert(self.path, expert)
         if self.llm is None or expert != self.expert:
             self.close()
             self.llm, self.expert = self._load(expert), expert
@@ -49,7 +45,7 @@ class VllmEngine:
 
     def _load(self, expert: str | None):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        options = engine_defaults(self.fields)
+        options = engine_defaults(read_config(self.path))
         if self.config.dtype != "auto":
             options["dtype"] = self.config.dtype
         from vllm import LLM

@@ -11,7 +11,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from serving.compat import check_version, renamed
 from serving.mixture import Part, attach
 from serving.plugin import PREFIX
-from upscale.modeling_upscaled import Layout
+from upscale.modeling_upscaled import Layout, Routing, watch_blocks
 
 
 class UpscaledModel(nn.Module):
@@ -31,7 +31,10 @@ class UpscaledModel(nn.Module):
         forced = routing.one_hot(options.get("expert"))
         routing.forced = None if forced is None else forced.to(next(self.parameters()).device)
         self._expert_loaders: dict[str, tuple[str, Callable[[Tensor], str]]] = {}
-        for path, parts in _located(self, layout).items():
+        located = _located(self, layout)
+        _check_scope(self, located, routing)
+        watch_blocks(self, located, routing)
+        for path, parts in located.items():
             mixture = attach(self.get_submodule(path), parts, routing)
             for tensor, load in mixture.loaders().items():
                 self._expert_loaders[tensor] = (f"{path}.mixture", load)
@@ -78,6 +81,13 @@ def _located(model: nn.Module, layout: Layout) -> dict[str, list[Part]]:
             continue
         found.setdefault(path, []).append(Part(name, module_layout, index))
     return found
+
+
+def _check_scope(model: nn.Module, located: Iterable[str], routing: Routing) -> None:
+    """vLLM computes logits apart from the blocks, for some tokens only: what was decided for all does not fit there."""
+    heads = [path for path in located if isinstance(model.get_submodule(path), VocabParallelEmbedding)]
+    if heads and routing.router.scope != "linear":
+        raise ValueError(f"{heads[0]}: vLLM routes an output head by its own input only, not by block or model")
 
 
 def _elsewhere(modules: dict[str, nn.Module], path: str) -> bool:

@@ -11,14 +11,14 @@ import click
 from upscale.errors import ConfigError, EngineError
 from zoo import Source
 
-_COMPILATION_FLAGS = {
+_COMPILATION_FLAGS = (
     "--enforce-eager",
     "--no-enforce-eager",
     "--compilation-config",
     "--optimization-level",
     "-O",
     "-cc",
-}
+)
 _INSTALL = "pip install 'upscale-zoo[gpu]' (CUDA) or 'upscale-zoo[cpu]'"
 
 
@@ -45,14 +45,24 @@ def engine_defaults(fields: dict) -> dict:
     """Engine options for a model with this ``config.json``; whoever starts an engine may override each.
 
     - ``dtype`` as stored: vLLM's own "auto" would run a float32 checkpoint in 16 bits, and answer differently.
-    - On a CPU, no compilation, which takes a minute and gains little there, and a KV cache of 2 GiB, where vLLM's
-      default takes half of the memory. On a GPU vLLM's own defaults are right.
+    - On a CPU, no compilation, which takes a minute and gains little there, and a KV cache that holds the longest
+      context and at least 2 GiB, where vLLM's default is nearly all memory. On a GPU vLLM's own defaults are right.
     """
     options = {"dtype": fields.get("dtype") or fields.get("torch_dtype") or "auto"}
     if on_cpu():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
         options["enforce_eager"] = True
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:  # which would win
+            options["kv_cache_memory_bytes"] = max(2 << 30, _context_bytes(fields))
     return options
+
+
+def _context_bytes(fields: dict) -> int:
+    """Memory of the keys and values of one sequence of the longest context, with a quarter to spare."""
+    heads = fields.get("num_attention_heads", 0)
+    width = fields.get("head_dim") or fields.get("hidden_size", 0) // max(heads, 1)
+    token = 2 * fields.get("num_hidden_layers", 0) * fields.get("num_key_value_heads", heads) * width
+    itemsize = 4 if "float32" in str(fields.get("dtype") or fields.get("torch_dtype")) else 2
+    return token * itemsize * fields.get("max_position_embeddings", 0) * 5 // 4
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": False})
@@ -81,31 +91,26 @@ def server_command(model: str, flags: list[str], expert: str | None = None) -> l
     """The command line of vLLM's server, with defaults for whatever ``flags`` leave open.
 
     Raises:
-        ConfigError: a directory that is no finished model, or an expert that it has not.
+        ConfigError: ``expert`` beside vLLM's own flag for it.
+        LoadError: a directory that is no finished model, or an expert that it has not.
     """
-    path = Path(model)
-    fields = read_fields(path) if path.is_dir() else {}
-    given = {flag.split("=")[0] for flag in flags}
-    defaults = engine_defaults(fields)
+    from upscale.loading import locate, read_config, require_expert
+
+    directory = locate(model)
+    given = {flag.split("=")[0].replace("_", "-") for flag in flags}  # as vLLM reads them
+    defaults = engine_defaults(read_config(directory))
     if not given & {"--served-model-name"}:
-        flags = [*flags, "--served-model-name", path.resolve().name if path.is_dir() else model]
+        name = Path(model).resolve().name if Path(model).is_dir() else Source.parse(model).location
+        flags = [*flags, "--served-model-name", name]
     if "--dtype" not in given:
         flags = [*flags, "--dtype", defaults["dtype"]]
-    if "enforce_eager" in defaults and not given & _COMPILATION_FLAGS:
+    if "enforce_eager" in defaults and not any(flag.startswith(_COMPILATION_FLAGS) for flag in given):
         flags = [*flags, "--enforce-eager"]
+    if "kv_cache_memory_bytes" in defaults and not given & {"--kv-cache-memory-bytes", "--gpu-memory-utilization"}:
+        flags = [*flags, "--kv-cache-memory-bytes", str(defaults["kv_cache_memory_bytes"])]
     if expert is not None:
         if "--additional-config" in given:
             raise ConfigError("--expert and --additional-config exclude each other; put the expert in the latter")
-        names = [*fields.get("upscale", {}).get("experts", []), "base"]
-        if fields and expert not in names:
-            raise ConfigError(f"{model} has no expert {expert!r}; it has {', '.join(names)}")
+        require_expert(directory, expert)
         flags = [*flags, "--additional-config", json.dumps({"upscale": {"expert": expert}})]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
-
-
-def read_fields(path: Path) -> dict:
-    """``config.json`` of a model directory. Raises ConfigError if there is none: no model, or an unfinished build."""
-    try:
-        return json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a model directory (no readable config.json)") from error
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), *flags]

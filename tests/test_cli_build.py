@@ -201,7 +201,7 @@ def interrupted(group: Group, out: Path, number: int) -> tuple[int, str]:
 )
 def test_an_interrupted_build_leaves_nothing(large, parent, number, code, word):
     returncode, output = interrupted(large, parent / "out", number)
-    assert (returncode, output.strip()) == (code, f"{word}; nothing was left behind.")
+    assert (returncode, output.strip()) == (code, f"{word}; nothing unfinished was left behind.")
     assert not list(parent.iterdir())
 
 

@@ -97,7 +97,7 @@ def test_eval_scores_the_same_in_every_engine(server, checkpoint):
     assert scores == dict.fromkeys(scores, 0.5)
 
 
-def test_vllm_serve_alone_serves_a_forced_expert(checkpoint, tmp_path):
+def test_plain_vllm_finds_the_plugin_and_forces_an_expert(checkpoint, tmp_path):
     """The plugin is found without our command; an expert is forced by vLLM's own flag."""
     expected = in_transformers(checkpoint, PROMPTS[:4], expert="e2")
     script = """
@@ -105,7 +105,8 @@ import json, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     path, prompts, tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-    llm = LLM(path, dtype="float32", enforce_eager=True, additional_config={"upscale": {"expert": "e2"}})
+    forced = {"upscale": {"expert": "e2"}}
+    llm = LLM(path, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=1 << 30, additional_config=forced)
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens), use_tqdm=False)
     json.dump([o.outputs[0].text for o in outputs], open(sys.argv[4], "w"))
 """
@@ -128,7 +129,7 @@ def test_without_the_plugin_vllm_refuses(checkpoint, tmp_path):
     ("arguments", "message"),
     [
         (["no-such-directory/x/y"], "no such directory, and not a Hub id"),
-        (["{checkpoint}", "--expert", "poetry"], "no expert 'poetry'; it has e1, e2, e3, base"),
+        (["{checkpoint}", "--expert", "poetry"], "no expert poetry in this model; it has e1, e2, e3 and base"),
         (["{empty}"], "not a model directory"),
     ],
 )

@@ -192,9 +192,9 @@ def test_what_a_user_can_get_wrong(out, groups, tmp_path):
         evaluate({}, [task])
     with pytest.raises(EngineError, match="no engine 'abacus'; there are transformers"):
         evaluate({"m": out}, [task], engine="abacus")
-    with pytest.raises(EngineError, match="no expert t in this model; it has e1, e2, e3 and base"):
+    with pytest.raises(LoadError, match="no expert t in this model; it has e1, e2, e3 and base"):
         evaluate({"m": out}, [task], expert="auto")
-    with pytest.raises(EngineError, match="no experts to choose 'e1' from; it is a plain model"):
+    with pytest.raises(LoadError, match="no experts to choose 'e1' from; it is a plain model"):
         evaluate({"m": base}, [task], expert="e1")
     with pytest.raises(LoadError, match=r"no config\.json"):
         evaluate({"m": tmp_path}, [task])
@@ -268,7 +268,7 @@ def test_json_of_the_library_and_of_the_command(server, tmp_path):
         for task, score, n in (("a", 0.5, 2), ("b", 1.0, 1))
     ]
     file = tmp_path / "scores.json"
-    arguments = ["eval", "m=reverse", "--tasks", str(tasks), "--engine", server.url, "--json", str(file)]
+    arguments = ["eval", "m=reverse", "--tasks", str(tasks / "a.jsonl"), str(tasks / "b.jsonl"), "--engine", server.url, "--json", str(file)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     for found in (to_json(results), json.loads(file.read_text())):

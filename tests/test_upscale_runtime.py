@@ -222,7 +222,6 @@ TENSORS = {  # what happens to the tensors, and what the error says
     "expert_shape": (lambda t: t.update({UP: t[UP][:, 1:].clone()}), rf"{UP} has shape \(96, 47\)"),
     "base_missing": (lambda t: t.pop(NORM), NORM),
     "base_shape": (lambda t: t.update({NORM: torch.ones(3)}), NORM),
-    "unexpected": (lambda t: t.update({"model.more": torch.ones(3)}), "model.more"),
 }
 SECTIONS = {
     "version": (lambda u: u.update(format_version=2), "format version 2 .* is not 1; update"),
@@ -255,3 +254,14 @@ def test_unknown_experts_and_directories_are_refused(builds, tmp_path):
         load(builds(TABLE[0], 3, rank=16)[0], expert="nobody")
     with pytest.raises(SourceError):
         load(tmp_path / "nowhere")
+
+
+def test_a_tensor_that_the_base_class_does_not_know_is_passed_over(builds, tmp_path):
+    """As the base class itself does, and with it a group whose base has one."""
+    out = builds(TABLE[0], 3, rank=16)[0]
+    directory = tmp_path / "copy"
+    shutil.copytree(out, directory)
+    rewritten(directory, change=lambda t: t.update({"model.more": torch.ones(3)}))
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(load(directory)(ids).logits, load(out)(ids).logits)

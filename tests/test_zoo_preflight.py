@@ -90,7 +90,7 @@ MISMATCHES = {
     ),
     "integers": (
         {"tensors": {Q_PROJ: torch.zeros(128, 64, dtype=torch.int8)}},
-        [f"expert e: tensor {Q_PROJ} is torch.int8, not a float"],
+        [f"expert e: tensor {Q_PROJ} is torch.int8, not a float of 16 bits or more"],
     ),
     "quantised": (
         {"config": {"quantization_config": {"quant_method": "awq"}}},

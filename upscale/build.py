@@ -19,7 +19,7 @@ from upscale.modeling_upscaled import Layout, ModuleLayout, upscaled_config
 from upscale.plan import Plan, make_plan
 from upscale.report import ModuleReport, Report, RestReport
 from upscale.skeleton import Linear
-from zoo import Checkpoint, Group, Writer, check
+from zoo import Checkpoint, Group, Source, Writer, check
 from zoo.files import companions
 
 Progress = Callable[[int, int, str], None]  # bytes of the base done, bytes in all, what is being done
@@ -185,12 +185,17 @@ def _config(plan: Plan, layout: Layout) -> dict:
     return config
 
 
+def _pinned(source: Source, model: Checkpoint) -> str:
+    """A source as it can be found again: a Hub id with the commit that was read, which names its cache directory."""
+    return source.location if source.is_local else f"{source.location}@{model.path.name}"
+
+
 def _files(plan: Plan, group: Group, report: Report) -> Mapping[str, bytes | Path]:
     recipe = {
         "upscale_zoo": version("upscale-zoo"),
         "method": plan.method.NAME,
-        "base": str(group.base),
-        "experts": {name: str(source) for name, source in group.experts.items()},
+        "base": _pinned(group.base, plan.base),
+        "experts": {name: _pinned(source, plan.experts[name]) for name, source in group.experts.items()},
         "config": plan.config.to_recipe(),
     }
     return {

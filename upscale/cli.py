@@ -1,5 +1,6 @@
 """The `upscale` command: finds its subcommands by name, and turns errors into one clear line."""
 
+import os
 import signal
 import sys
 from importlib import import_module
@@ -36,13 +37,18 @@ class _Commands(click.Group):
         except BaseException as error:
             if (number := ctx.meta.get("signal")) is not None:  # native code may have made any error of it
                 word = "Interrupted" if number == signal.SIGINT else "Terminated"
-                click.echo(f"{word}; nothing was left behind.", err=True)
+                click.echo(f"{word}; nothing unfinished was left behind.", err=True)
                 sys.exit(128 + number)
             if isinstance(error, MismatchError):
                 lines = ["the group does not fit together:", *error.mismatches]
                 raise click.ClickException("\n  ".join(lines)) from error
             if isinstance(error, ZooError):
                 raise click.ClickException(str(error)) from error
+            if isinstance(error, Exception) and not isinstance(error, click.ClickException | click.exceptions.Exit):
+                if os.environ.get("UPSCALE_TRACEBACK"):
+                    raise
+                what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise click.ClickException(f"{what} (UPSCALE_TRACEBACK=1 shows where)") from error
             raise
 
 

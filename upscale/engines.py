@@ -6,8 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
+import torch
+from transformers import GenerationConfig
+
 from upscale.config import EvalConfig
+from upscale.device import check_device
 from upscale.errors import EngineError
+from upscale.loading import load, load_tokenizer, locate, require_expert
 
 Advance = Callable[[int], None]  # so many more prompts are done
 
@@ -16,7 +21,7 @@ class Engine(Protocol):
     """Greedy answers to prompts."""
 
     def force(self, expert: str | None) -> None:
-        """From here on, route every token to ``expert``; None for the router. Raises EngineError if that cannot be."""
+        """From here on, route every token to ``expert``; None for the router. Raises LoadError for an unknown one."""
         ...
 
     def answer(self, prompts: Sequence[str], advance: Advance) -> list[str]:
@@ -54,27 +59,27 @@ class TransformersEngine:
     """Batches with left padding through ``generate``."""
 
     def __init__(self, model: str, config: EvalConfig):
-        import torch
-
-        from upscale.loading import load, load_tokenizer
-
         device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        self.config = config
+        check_device(device)
+        self.config, self.directory = config, locate(model)
         self.model: Any = load(model, dtype=config.dtype).to(torch.device(device))
         self.tokenizer = load_tokenizer(model, padding_side="left")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.options: dict[str, str] = {}
+        # Greedy is greedy, whatever the model's own generation config says; only its token ids count.
+        own = self.model.generation_config
+        self.model.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id,
+            eos_token_id=own.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            decoder_start_token_id=own.decoder_start_token_id,
+        )
 
     def force(self, expert: str | None) -> None:
         """See Engine."""
-        if expert is not None and not hasattr(self.model, "routing"):
-            raise EngineError(f"the model has no experts to choose {expert!r} from; it is a plain model")
         if expert is not None:
-            try:
-                self.model.routing.one_hot(expert)
-            except ValueError as error:  # no such expert
-                raise EngineError(str(error)) from error
+            require_expert(self.directory, expert)
         self.options = {} if expert is None else {"expert": expert}
 
     def answer(self, prompts: Sequence[str], advance: Advance) -> list[str]:
@@ -89,8 +94,6 @@ class TransformersEngine:
                 attention_mask=encoded["attention_mask"],
                 max_new_tokens=self.config.max_new_tokens,
                 do_sample=False,
-                num_beams=1,
-                pad_token_id=self.tokenizer.pad_token_id,
                 **self.options,
             )
             tails = output[:, encoded["input_ids"].shape[1] :]
@@ -128,11 +131,14 @@ class ServerEngine:
             base_url=_api(config.engine), api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=3, timeout=600
         )
         try:
-            served = [entry.id for entry in self.client.models.list()]
+            entries = list(self.client.models.list())
         except openai.OpenAIError as error:
             raise EngineError(f"{config.engine}: no OpenAI-compatible server answers: {error}") from error
-        if model not in served:
+        if model not in (served := [entry.id for entry in entries]):
             raise EngineError(f"{config.engine} serves {', '.join(served)}, not {model}")
+        # vLLM's server takes a repetition penalty from the model's generation config unless a request says otherwise.
+        ours = any(entry.owned_by == "vllm" for entry in entries)
+        self.extra = {"repetition_penalty": 1.0} if ours else {}
 
     def force(self, expert: str | None) -> None:
         """See Engine; a server's expert is chosen when it starts."""
@@ -144,7 +150,12 @@ class ServerEngine:
         import openai
 
         def ask(prompt: str) -> str:
-            options = {"model": self.model, "max_tokens": self.config.max_new_tokens, "temperature": 0.0}
+            options: dict[str, Any] = {
+                "model": self.model,
+                "max_tokens": self.config.max_new_tokens,
+                "temperature": 0.0,
+            }
+            options["extra_body"] = self.extra
             if self.config.chat:
                 messages = [{"role": "user", "content": prompt}]
                 reply = self.client.chat.completions.create(messages=messages, **options)  # type: ignore[arg-type]

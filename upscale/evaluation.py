@@ -9,7 +9,7 @@ from typing import Any
 from upscale.config import EvalConfig
 from upscale.engines import is_server, open_engine
 from upscale.errors import TaskError
-from upscale.loading import locate
+from upscale.loading import locate, require_expert
 from upscale.tasks import METRICS, Task, load_tasks
 
 Progress = Callable[[int, int, str], None]  # rows done, rows in all, what is being done
@@ -68,8 +68,11 @@ def evaluate(
     if not models:
         raise TaskError("no model to evaluate: give at least one MODEL or NAME=MODEL")
     if not is_server(config):
-        for model in models.values():
-            locate(model)  # before the first is loaded
+        forced = [task.name if config.expert == "auto" else config.expert for task in chosen if config.expert]
+        for model in models.values():  # before the first is loaded
+            directory = locate(model)
+            for expert in forced:
+                require_expert(directory, expert)
     total, done = len(models) * sum(len(task.rows) for task in chosen), 0
     template = config.prompt_template.replace("\\n", "\n").replace("\\t", "\t")
     results = []

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from upscale.errors import LoadError
-from upscale.modeling_upscaled import MODEL_TYPE, UpscaledConfig, UpscaledForCausalLM
+from upscale.modeling_upscaled import BASE, MODEL_TYPE, UpscaledConfig, UpscaledForCausalLM
 from zoo import Source
 
 # From here on the Auto classes, AutoTokenizer among them, need no remote code for an upscaled checkpoint.
@@ -34,11 +34,11 @@ def load(path: str | Path, *, expert: str | None = None, dtype: str = "auto", **
         LoadError: no model, of an unknown format, incomplete, or without the expert.
     """
     directory = locate(path)
+    if expert is not None:
+        require_expert(directory, expert)
     try:
-        if is_upscaled(directory):
+        if read_config(directory).get("model_type") == MODEL_TYPE:
             return UpscaledForCausalLM.from_pretrained(directory, expert=expert, dtype=dtype, **kwargs)
-        if expert is not None:
-            raise LoadError(f"{path}: has no experts to choose {expert!r} from; it is a plain model")
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **kwargs)
     except KeyError as error:
         raise LoadError(f"{path}: config.json lacks {error}") from error
@@ -67,6 +67,19 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> Any:
         raise LoadError(f"{path}: no usable tokenizer: {' '.join(str(error).split())}") from error
 
 
-def is_upscaled(directory: Path) -> bool:
-    """Whether a model directory holds an upscaled checkpoint."""
-    return json.loads((directory / "config.json").read_text()).get("model_type") == MODEL_TYPE
+def read_config(directory: Path) -> dict:
+    """``config.json`` of a model directory. Raises LoadError if it is no JSON."""
+    try:
+        return json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{directory}: config.json cannot be read: {error}") from error
+
+
+def require_expert(directory: Path, expert: str) -> None:
+    """Raise LoadError unless the model in ``directory`` has this expert; every upscaled model has "base"."""
+    section = read_config(directory).get("upscale")
+    if section is None:
+        raise LoadError(f"{directory}: no experts to choose {expert!r} from; it is a plain model")
+    if expert not in (*section.get("experts", []), BASE):
+        names = ", ".join(section.get("experts", []))
+        raise LoadError(f"{directory}: no expert {expert} in this model; it has {names} and {BASE}")

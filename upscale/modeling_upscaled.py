@@ -5,10 +5,12 @@ trust_remote_code=True)`` works without the package; it therefore imports nothin
 ``T`` tokens, ``E`` experts, ``r`` the rank of one expert, ``R`` the sum of the ranks, ``i``/``o`` in/out features.
 """
 
+import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +114,11 @@ class Routing:
         self.forced: Tensor | None = None  # [1, E], or [B, E]: one row per sequence
         self.trace: dict[str, Tensor] | None = None  # set to {} to record the weights of a pass by module name
 
-    def decide(self, block: nn.Module, args: tuple, kwargs: Mapping) -> None:
-        """Pre-hook of decoder blocks: a router of scope block or model looks at the hidden states [B, T, d]."""
-        self.decided = self.router(args[0] if args else kwargs["hidden_states"], None, None)
+    def decide(self, names: Sequence[str], block: nn.Module, args: tuple, kwargs: Mapping) -> None:
+        """Pre-hook of decoder blocks, whose forward has arguments ``names``: ask a router of scope block or model."""
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, residual = given["hidden_states"], given.get("residual")  # vLLM's blocks add the residual themselves
+        self.decided = self.router(x if residual is None else x + residual, None, None)
 
     def weights(self, name: str, x: Tensor, z: Tensor, ranks: Sequence[int]) -> Tensor:
         """The weights [..., E] of the mixture layer ``name`` for its input ``x`` [..., i]."""
@@ -245,10 +249,7 @@ def inject(model: nn.Module, layout: Layout) -> Routing:
         device = next(module.parameters()).device
         module.experts = Experts(name, module_layout, routing, dtype=dtype, device=device)
         module.register_forward_hook(_add_experts)
-    if routing.router.scope != "linear":
-        blocks = decoder_blocks(model, layout)
-        for block in blocks if routing.router.scope == "block" else blocks[:1]:
-            block.register_forward_pre_hook(routing.decide, with_kwargs=True)
+    watch_blocks(model, layout.modules, routing)
     return routing
 
 
@@ -256,15 +257,19 @@ def _add_experts(module: Any, args: tuple, y: Tensor) -> Tensor:
     return module.experts(args[0], y)
 
 
-def decoder_blocks(model: nn.Module, layout: Layout) -> list[nn.Module]:
-    """The decoder blocks of a model in order: the module list that the first upscaled linear inside one lies in."""
-    for name in layout.modules:
-        parts = name.split(".")
-        number = next((n for n, part in enumerate(parts) if part.isdigit()), None)
-        if number is not None:
-            blocks: Any = model.get_submodule(".".join(parts[:number]))
-            return list(blocks)
-    return []
+def watch_blocks(model: nn.Module, modules: Iterable[str], routing: Routing) -> None:
+    """Let a router of scope block or model see what enters each decoder block, or the first one.
+
+    The blocks are the module list that the first of ``modules`` (names of upscaled linears) inside one lies in.
+    """
+    inside = (name.split(".") for name in modules if any(part.isdigit() for part in name.split(".")))
+    parts = next(inside, None)
+    if routing.router.scope == "linear" or parts is None:
+        return
+    blocks: Any = model.get_submodule(".".join(parts[: next(n for n, part in enumerate(parts) if part.isdigit())]))
+    for block in blocks if routing.router.scope == "block" else blocks[:1]:
+        names = tuple(inspect.signature(block.forward).parameters)
+        block.register_forward_pre_hook(partial(routing.decide, names), with_kwargs=True)
 
 
 # ------------------------------------------------------------------------------------------------------- transformers
@@ -317,6 +322,8 @@ class UpscaledModel:
         path = Path(save_directory) / "config.json"
         fields = json.loads(path.read_text())
         fields["architectures"] = [a.removeprefix("Upscaled") for a in fields["architectures"]]
+        path.unlink()
+        _expert_tensors(Path(save_directory), self.layout)  # transformers may rename a head, and its experts, on saving
         Path(save_directory, "modeling_upscaled.py").write_bytes(Path(__file__).read_bytes())
         path.write_text(json.dumps(upscaled_config(fields, self.layout), indent=2) + "\n")
 
@@ -360,10 +367,8 @@ class UpscaledForCausalLM:
                 path, config=base_config(fields), output_loading_info=True, **kwargs
             )
         model, info = loaded
-        if bad := [*info["missing_keys"], *info["mismatched_keys"], *(set(info["unexpected_keys"]) - set(tensors))]:
-            raise ValueError(
-                f"{path}: base tensors missing, unexpected or of a wrong shape: {sorted(map(str, bad))[:5]}"
-            )
+        if bad := [*info["missing_keys"], *info["mismatched_keys"]]:
+            raise ValueError(f"{path}: base tensors missing or of a wrong shape: {sorted(map(str, bad))[:5]}")
         routing = inject(model, layout)
         with torch.no_grad():
             for name, read in tensors.items():

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from upscale.config import SmileConfig
+from upscale.device import check_device
 from upscale.errors import ConfigError, PlanError
 from upscale.methods import Method
 from upscale.modeling_upscaled import ModuleLayout
@@ -79,7 +80,7 @@ def make_plan(verdict: Verdict, method: Method, config: SmileConfig) -> Plan:
         ConfigError: the device does not exist, or ``top_k`` exceeds the number of experts.
     """
     verdict.require()
-    _check_device(config.device)
+    check_device(config.device)
     if config.top_k > len(verdict.experts):
         raise ConfigError(f"--top-k {config.top_k} is more than the group's {len(verdict.experts)} experts")
     base = verdict.base
@@ -123,10 +124,3 @@ def _choose(found: Sequence[Linear], config: SmileConfig) -> list[Linear]:
         kinds = ", ".join(sorted({f"*.{kind(n.name)}" for n in wanted}))
         raise PlanError(f"--include and --exclude leave nothing to upscale; the model's linears are {kinds}")
     return chosen
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device).item()  # read back: `meta` makes tensors, but holds no numbers
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error

@@ -4,12 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from upscale.errors import PlanError
 from zoo import Checkpoint
+from zoo.preflight import parameters
 
 
 @dataclass(frozen=True)
@@ -42,26 +46,46 @@ def linears(checkpoint: Checkpoint) -> list[Linear]:
     or is what ``get_output_embeddings`` returns.
 
     Raises:
-        PlanError: transformers knows no causal LM for this configuration.
+        PlanError: transformers knows no causal LM for this configuration, or the checkpoint lacks tensors of it.
     """
     model = _on_meta(checkpoint.config)
-    head = model.get_output_embeddings()
-    found = []
+    names = _stored_names(checkpoint, model)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    found, absent = [], []
     for name, module in model.named_modules():
         in_block = any(part.isdigit() for part in name.split("."))
         if not isinstance(module, nn.Linear | Conv1D) or not (in_block or module is head):
             continue
-        weight = _tensor(checkpoint, model.base_model_prefix, f"{name}.weight")
-        if weight is None and module is head:  # tied to the embeddings
-            weight = _embedding(checkpoint, model)
-        if weight is None:  # e.g. stored fused under another name: stays as it is
+        weight = names.get(f"{name}.weight")
+        if weight is None and module is head and module.weight is embedding.weight:  # tied
+            weight = names.get(next(f"{n}.weight" for n, m in model.named_modules() if m is embedding))
+        if weight is None:
+            absent.append(name)
             continue
-        bias = _tensor(checkpoint, model.base_model_prefix, f"{name}.bias")
         transposed = isinstance(module, Conv1D)
         shape = checkpoint.tensors[weight].shape
         o, i = reversed(shape) if transposed else shape
-        found.append(Linear(name, weight, bias, i, o, transposed, module is head))
+        found.append(Linear(name, weight, names.get(f"{name}.bias"), i, o, transposed, module is head))
+    if absent:
+        raise PlanError(
+            f"{checkpoint.path}: no tensor for {len(absent)} linears of the architecture, e.g. {absent[0]}; "
+            "the checkpoint is incomplete, or stores them in a way that is not read"
+        )
     return found
+
+
+def _stored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
+    """The checkpoint's tensor names by the model's: transformers renames some, others lack the base model's prefix."""
+    renamings = [m for m in get_model_conversion_mapping(model) if isinstance(m, WeightRenaming)]
+    known, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
+    names = {}
+    for stored in parameters(checkpoint):
+        key = stored
+        for renaming in renamings:
+            key, _ = renaming.rename_source_key(key)
+        candidates = (key, stored, prefix + key, key.removeprefix(prefix))
+        names[next((c for c in candidates if c in known), key)] = stored
+    return names
 
 
 def _on_meta(config: Mapping) -> PreTrainedModel:
@@ -72,16 +96,8 @@ def _on_meta(config: Mapping) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(settings)
     except KeyError as error:
         raise PlanError(f"model type {kind!r} is unknown to the installed transformers; update transformers") from error
-    except ValueError as error:
-        raise PlanError(f"model type {kind!r} has no causal language model in transformers: {error}") from error
-
-
-def _tensor(checkpoint: Checkpoint, prefix: str, name: str) -> str | None:
-    """The checkpoint's name of a parameter: some checkpoints leave out the base model's prefix."""
-    return next((n for n in (name, name.removeprefix(f"{prefix}.")) if n in checkpoint.tensors), None)
-
-
-def _embedding(checkpoint: Checkpoint, model: PreTrainedModel) -> str | None:
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    return _tensor(checkpoint, model.base_model_prefix, f"{name}.weight")
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        message = " ".join(str(error).split())
+        raise PlanError(
+            f"transformers makes no causal language model of this config.json ({kind}): {message}"
+        ) from error

@@ -6,14 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from zoo.checkpoint import Checkpoint, TensorInfo
 from zoo.errors import CheckpointError, MismatchError, SourceError
 from zoo.group import Group
 
 # Buffers that old versions of transformers saved beside the parameters; no weights, so their absence is no mismatch.
-_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 _EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out|tok_embeddings)\.weight$")
 _HEAD = "lm_head.weight"
+# Fields that decide what a forward pass computes: with another value, an expert's weights mean something else.
+_COMPUTED = re.compile(
+    r"num_(attention|key_value)_heads|n_head|head_dim|rope_.*|rotary_.*|partial_rotary_factor|(rms|layer)_norm_eps(ilon)?"
+    r"|hidden_act|hidden_activation|activation_function|attention_bias|mlp_bias|sliding_window|layer_types|.*_multiplier"
+    r"|.*_logit_softcapping|logit_scale|query_pre_attn_scalar|scale_.*"
+)
+# Fields that say how a model was made or saved.
+_HISTORY = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
 _SHOWN = 5  # tensors named per expert and kind of mismatch
 
 
@@ -41,12 +51,21 @@ class Verdict:
 
 def parameters(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     """A checkpoint's weights: without saved buffers, and without a head that is only a copy of tied embeddings."""
-    tied = checkpoint.config.get("tie_word_embeddings") is True
+    copied = _HEAD in checkpoint.tensors and _tied(checkpoint)
     return {
         name: info
         for name, info in checkpoint.tensors.items()
-        if not _BUFFERS.search(name) and not (tied and name == _HEAD)
+        if not _BUFFERS.search(name) and not (copied and name == _HEAD)
     }
+
+
+def _tied(checkpoint: Checkpoint) -> bool:
+    """Whether a stored head is tied. Configurations may leave that to a default, so the weights decide then."""
+    if (said := checkpoint.config.get("tie_word_embeddings")) is not None:
+        return bool(said)
+    shape = checkpoint.tensors[_HEAD].shape
+    like = [n for n, info in checkpoint.tensors.items() if n != _HEAD and info.shape == shape and _EMBEDDING.search(n)]
+    return any(torch.equal(checkpoint.read(_HEAD), checkpoint.read(name)) for name in like)
 
 
 def check(group: Group) -> Verdict:
@@ -66,12 +85,13 @@ def check(group: Group) -> Verdict:
             raise type(error)(f"expert {name}: {error}") from error
         found = _unreadable(f"expert {name}", experts[name])
         mismatches += found if found or unreadable else _compare(name, base, experts[name])
-        warnings += _differences(name, base.path, experts[name].path)
+        warnings += _differences(name, base, experts[name])
     return Verdict(base, experts, (*unreadable, *mismatches), tuple(warnings))
 
 
 def _unreadable(who: str, model: Checkpoint) -> list[str]:
-    if kind := (model.config.get("quantization_config") or {}).get("quant_method"):
+    if quantised := model.config.get("quantization_config"):
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         return [f"{who}: weights are quantised ({kind}); use the unquantised model, and quantise the result"]
     if not isinstance(model.config.get("model_type"), str):
         return [f"{who}: config.json has no model_type"]
@@ -79,15 +99,21 @@ def _unreadable(who: str, model: Checkpoint) -> list[str]:
         return [f"{who}: is an upscaled model already; give the models that it was built from"]
     if "auto_map" in model.config:
         return [f"{who}: needs remote code (auto_map), which cannot be upscaled"]
-    odd = [name for name, info in parameters(model).items() if not info.dtype.is_floating_point]
-    return [f"{who}: tensor {odd[0]} is {model.tensors[odd[0]].dtype}, not a float"] if odd else []
+    infos = parameters(model).items()
+    odd = [name for name, info in infos if not info.dtype.is_floating_point or info.dtype.itemsize < 2]
+    return [f"{who}: tensor {odd[0]} is {model.tensors[odd[0]].dtype}, not a float of 16 bits or more"] if odd else []
 
 
 def _compare(name: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
     if (theirs := expert.config["model_type"]) != (ours := base.config["model_type"]):
         return [f"expert {name}: architecture {theirs} is not the base's {ours}; it was not fine-tuned from this base"]
     have, want = parameters(expert), parameters(base)
-    lines = []
+    lines = [
+        f"expert {name}: config.json has {key} {expert.config[key]}, the base's is {base.config[key]}; "
+        "it computes something else with the same weights"
+        for key in _differing(base, expert)
+        if _COMPUTED.fullmatch(key)
+    ]
     absent, extra = want.keys() - have.keys(), have.keys() - want.keys()
     if _HEAD in absent | extra:
         whose = ("base", f"expert {name}") if _HEAD in absent else (f"expert {name}", "base")
@@ -115,10 +141,20 @@ def _listed(what: str, tensors: list[str]) -> list[str]:
     return [f"{what} {', '.join(tensors[:_SHOWN])}{more}"] if tensors else []
 
 
-def _differences(name: str, base: Path, expert: Path) -> list[str]:
-    lines = []
+def _differing(base: Checkpoint, expert: Checkpoint) -> list[str]:
+    """Fields of ``config.json`` that both have, with different values."""
+    shared = base.config.keys() & expert.config.keys() - _HISTORY
+    return sorted(key for key in shared if base.config[key] != expert.config[key])
+
+
+def _differences(name: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
+    lines = [
+        f"expert {name}: config.json has {key} {expert.config[key]}; the result keeps the base's {base.config[key]}"
+        for key in _differing(base, expert)
+        if not _COMPUTED.fullmatch(key)
+    ]
     for file, what in (("tokenizer.json", "tokenizer"), ("chat_template.jinja", "chat template")):
-        ours, theirs = (_digest(model / file) for model in (base, expert))
+        ours, theirs = (_digest(model.path / file) for model in (base, expert))
         if theirs is not None and ours != theirs:
             lines.append(f"expert {name}: {what} differs from the base's, which the result keeps")
     return lines

@@ -1,6 +1,7 @@
 """`upscale eval`: score models on tasks."""
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -12,10 +13,26 @@ from upscale.config import EvalConfig
 from upscale.errors import TaskError
 
 
-@click.command(name="eval")
+class _ManyTasks(click.Command):
+    """Lets ``--tasks`` take several files at once, as a shell's ``tasks/*.jsonl`` gives them."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        for arg in args:
+            after_tasks = len(spread) > 1 and spread[-2] == "--tasks"
+            spread += ["--tasks", arg] if after_tasks and _is_tasks(arg) else [arg]
+        return super().parse_args(ctx, spread)
+
+
+def _is_tasks(text: str) -> bool:
+    path = Path(text)
+    return path.suffix == ".jsonl" or (path.is_dir() and any(path.glob("*.jsonl")))
+
+
+@click.command(name="eval", cls=_ManyTasks)
 @click.argument("models", nargs=-1, required=True, metavar="[NAME=]MODEL...")
 @click.option(
-    "--tasks", multiple=True, required=True, metavar="FILE_OR_DIR", help="A .jsonl task or a directory; repeat it."
+    "--tasks", multiple=True, required=True, metavar="FILE_OR_DIR...", help=".jsonl tasks, or directories of them."
 )
 @settings(EvalConfig)
 @click.option("--json", "json_file", metavar="FILE", help="Write the results to this file too.")
@@ -38,8 +55,10 @@ def evaluate(models: tuple[str, ...], tasks: tuple[str, ...], json_file: str | N
     config = EvalConfig(**options)
     loaded = load_tasks(tasks, config.limit)
     named = _named(models)
-    if json_file is not None and not Path(json_file).absolute().parent.is_dir():
-        raise TaskError(f"--json {json_file}: its directory does not exist")
+    if json_file is not None and (
+        Path(json_file).is_dir() or not os.access(Path(json_file).absolute().parent, os.W_OK)
+    ):
+        raise TaskError(f"--json {json_file}: no file can be written there")
     quiet_libraries()
     with progress_bar("evaluating") as progress:
         results = run(named, loaded, config, progress=progress)
@@ -71,7 +90,7 @@ def _named(models: tuple[str, ...]) -> dict[str, str]:
     named: dict[str, str] = {}
     for text in models:
         name, found, model = text.partition("=")
-        if not found:
+        if not found or Path(text).is_dir():
             name, model = Path(text).name or text, text
         if name in named:
             raise TaskError(f"two models are named {name}; write NAME=MODEL")
