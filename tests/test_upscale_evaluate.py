@@ -268,7 +268,17 @@ def test_json_of_the_library_and_of_the_command(server, tmp_path):
         for task, score, n in (("a", 0.5, 2), ("b", 1.0, 1))
     ]
     file = tmp_path / "scores.json"
-    arguments = ["eval", "m=reverse", "--tasks", str(tasks / "a.jsonl"), str(tasks / "b.jsonl"), "--engine", server.url, "--json", str(file)]
+    arguments = [
+        "eval",
+        "m=reverse",
+        "--tasks",
+        str(tasks / "a.jsonl"),
+        str(tasks / "b.jsonl"),
+        "--engine",
+        server.url,
+        "--json",
+        str(file),
+    ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     for found in (to_json(results), json.loads(file.read_text())):
