@@ -32,10 +32,11 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny model of one architecture."""
+    """A tiny model of one architecture; ``compiled``: run in vLLM compiled too, which takes most of a minute each."""
 
     name: str
     config: Callable[[], PretrainedConfig]
+    compiled: bool = True
 
     def model(self, seed: int):
         """A float32 model with random weights, large enough that routing and logits differ between tokens."""
@@ -57,8 +58,9 @@ TABLE = [
         lambda: GPT2Config(
             vocab_size=259, n_embd=64, n_layer=2, n_head=2, n_positions=256, bos_token_id=0, eos_token_id=1
         ),
+        compiled=False,
     ),
-    Architecture("gemma2", lambda: Gemma2Config(**SHAPE, query_pre_attn_scalar=32)),
+    Architecture("gemma2", lambda: Gemma2Config(**SHAPE, query_pre_attn_scalar=32), compiled=False),
 ]
 
 

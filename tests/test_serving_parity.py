@@ -4,13 +4,14 @@ import pytest
 import torch
 
 import upscale
+from tests.architectures import TABLE
 from tests.conftest import save_model
 from tests.vllm_runs import generate, logprobs, prompts, reference, vllm_engine
 from zoo import Group
 
 LENGTHS = (3, 17, 40, 100, 150)  # the last two are prefilled in chunks
 TOLERANCE = 1e-3
-MODES = {"eager": {"enforce_eager": True}, "compiled": {"enforce_eager": False}}
+RUNS = [(row, mode) for row in TABLE for mode in ("eager", "compiled") if row.compiled or mode == "eager"]
 
 
 def assert_parity(model, outputs, tolerance=TOLERANCE):
@@ -18,12 +19,14 @@ def assert_parity(model, outputs, tolerance=TOLERANCE):
         torch.testing.assert_close(logprobs(output), reference(model, output), atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("architecture", "mode"), RUNS, ids=lambda run: getattr(run, "name", run), indirect=["architecture"]
+)
 def test_vllm_equals_transformers(architecture, mode, builds):
     out, _ = builds(architecture, 3, rank=8, router_rank=4, top_k=2, lm_head=True, rest="average")
     model = upscale.load(out)
     requests = prompts(LENGTHS)
-    with vllm_engine(out, **MODES[mode]) as llm:
+    with vllm_engine(out, enforce_eager=mode == "eager") as llm:
         assert_parity(model, generate(llm, requests, prompt_logprobs=1))  # one batch of different lengths
         first = generate(llm, requests)
         assert_parity(model, first)

@@ -42,8 +42,7 @@ def toy(builds, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("scope", ["block", "model"])
+@pytest.mark.parametrize(("scope", "mode"), [("block", "eager"), ("model", "eager"), ("model", "compiled")])
 def test_vllm_obeys_a_router_of_hidden_states(scope, mode, toy, monkeypatch):
     monkeypatch.setitem(ROUTERS, "toy", lambda: Toy(scope))
     out = toy(TABLE[0])
