@@ -1,6 +1,8 @@
 """Everything that reaches into vLLM's internals, and the versions for which it was read or run."""
 
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from packaging.version import Version
 from torch import nn
@@ -30,6 +32,42 @@ def register_config(config_class: type) -> None:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     _CONFIG_REGISTRY[config_class.model_type] = config_class
+
+
+def decide_requests() -> None:
+    """Let requests be routed by their whole prompt as they come in; idempotent."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from serving.prompts import deciding
+
+    _wrap(InputProcessor, "process_inputs", deciding)
+
+
+def hand_over_weights(model: nn.Module, weights: Any) -> None:
+    """Let ``weights`` (``serving.prompts.PromptWeights``) be filled for every step of ``model``; idempotent."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from serving.prompts import filling, model_state
+
+    _wrap(GPUModelRunner, "_prepare_inputs", filling)
+
+    def get_model_state_cls() -> type:  # asked by the newer model runner
+        from vllm.config import get_current_vllm_config
+        from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
+        own = model.__dict__.pop("get_model_state_cls")
+        try:
+            return model_state(resolve_model_state_cls(get_current_vllm_config(), model), weights)
+        finally:
+            model.__dict__["get_model_state_cls"] = own
+
+    model.__dict__["get_model_state_cls"] = get_model_state_cls
+
+
+def _wrap(owner: type, name: str, wrap: Callable) -> None:
+    method = getattr(owner, name)
+    if not hasattr(method, "__wrapped__"):
+        setattr(owner, name, wrap(method))
 
 
 def renamed(model: nn.Module, name: str) -> str:

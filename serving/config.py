@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-from upscale.modeling_upscaled import MODEL_TYPE, base_config
+from upscale.runtime.modeling_upscaled import MODEL_TYPE, base_config
 
 
 class EngineConfig(PretrainedConfig):

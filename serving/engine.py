@@ -3,9 +3,11 @@
 import gc
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from serving.server import engine_defaults, require_vllm
 from upscale.config import EvalConfig
+from upscale.encoding import encode_pair, windows
 from upscale.errors import EngineError, LoadError
 from upscale.loading import locate, read_config, require_expert
 
@@ -17,6 +19,7 @@ class VllmEngine:
         require_vllm()
         self.path, self.config = locate(model), config
         self.llm, self.expert = None, None
+        self.generated: int | None = 0
 
     def force(self, expert: str | None) -> None:
         """See ``upscale.engines.Engine``; loads the model, anew if it was loaded for another expert."""
@@ -28,20 +31,45 @@ class VllmEngine:
 
     def answer(self, prompts: Sequence[str], advance: Callable[[int], None]) -> list[str]:
         """See ``upscale.engines.Engine``."""
+        if self.config.chat:
+            given: list[Any] = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        else:
+            given = list(prompts)
+        outputs = self._run(given, chat=self.config.chat, max_tokens=self.config.max_new_tokens)
+        self.generated = (self.generated or 0) + sum(len(output.outputs[0].token_ids) for output in outputs)
+        advance(len(prompts))
+        return [output.outputs[0].text for output in outputs]
+
+    def score(self, pairs: Sequence[tuple[str, str]], advance: Callable[[int], None]) -> list[tuple[float, int]]:
+        """See ``upscale.engines.Engine``; a text that is longer than the context is read in windows."""
+        assert self.llm is not None, "force() comes first"
+        tokenizer, context = self.llm.get_tokenizer(), self.llm.model_config.max_model_len - 1
+        encoded = [encode_pair(tokenizer, *pair, chat=self.config.chat) for pair in pairs]
+        jobs = [
+            (n, ids[begin:end], first - begin)
+            for n, (ids, start) in enumerate(encoded)
+            for begin, first, end in windows(start, len(ids), context)
+        ]
+        outputs = self._run([{"prompt_token_ids": ids} for _, ids, _ in jobs], max_tokens=1, prompt_logprobs=0)
+        totals = [0.0] * len(pairs)
+        for (n, ids, first), output in zip(jobs, outputs, strict=True):
+            said = output.prompt_logprobs
+            totals[n] += sum(said[place][ids[place]].logprob for place in range(first, len(ids)))
+        advance(len(pairs))
+        return [(total, len(ids) - start) for total, (ids, start) in zip(totals, encoded, strict=True)]
+
+    def route(self, prompts: Sequence[str], *, chat: bool) -> None:
+        """See ``upscale.engines.Engine``; vLLM does not say."""
+
+    def _run(self, prompts: list[Any], *, chat: bool = False, **sampling: Any) -> list[Any]:
         assert self.llm is not None, "force() comes first"
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0.0, max_tokens=self.config.max_new_tokens)
+        run = self.llm.chat if chat else self.llm.generate
         try:
-            if self.config.chat:
-                messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-                outputs = self.llm.chat(messages, sampling, use_tqdm=False)  # type: ignore[arg-type]
-            else:
-                outputs = self.llm.generate(list(prompts), sampling, use_tqdm=False)
+            return run(prompts, SamplingParams(temperature=0.0, **sampling), use_tqdm=False)
         except ValueError as error:  # e.g. a prompt longer than the model's context, or no chat template
             raise EngineError(f"vLLM refuses: {' '.join(str(error).split())}") from error
-        advance(len(prompts))
-        return [output.outputs[0].text for output in outputs]
 
     def _load(self, expert: str | None):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

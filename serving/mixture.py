@@ -13,7 +13,8 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from upscale.modeling_upscaled import ModuleLayout, Routing, mixture
+from upscale.runtime.mixture_upscaled import ModuleLayout, mixture
+from upscale.runtime.routing_upscaled import Routing
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Mixture(nn.Module):
     def __init__(self, linear: Any, parts: Sequence[Part], routing: Routing):
         super().__init__()
         self.parts, self.routing = list(parts), routing
+        # A head is asked for some tokens only, outside the pass that decided on them.
+        self.carries = isinstance(linear, VocabParallelEmbedding) and routing.router.shared
         self.by_row = isinstance(linear, RowParallelLinear) and linear.tp_size > 1
         self.first_rank = getattr(linear, "tp_rank", 0) == 0
         columns = linear.input_size_per_partition if isinstance(linear, RowParallelLinear) else None
@@ -65,8 +68,9 @@ class Mixture(nn.Module):
         """For each tensor of the checkpoint, a function that copies this rank's share and names the parameter."""
         loaders: dict[str, Callable[[Tensor], str]] = {}
         for number, part in enumerate(self.parts):
-            loaders[f"{part.name}.experts.down"] = lambda t, n=number: self._load_down(t, n)
-            loaders[f"{part.name}.experts.up"] = lambda t, n=number: self._load_up(t, n)
+            owner = part.layout.tied or part.name
+            loaders[f"{owner}.experts.down"] = lambda t, n=number: self._load_down(t, n)
+            loaders[f"{owner}.experts.up"] = lambda t, n=number: self._load_up(t, n)
             if part.layout.bias:
                 loaders[f"{part.name}.experts.bias"] = lambda t, n=number: self._load_bias(t, n)
         return loaders
@@ -89,14 +93,19 @@ class Mixture(nn.Module):
         )
         return f"bias.{number}"
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the experts' part to the base's output: ``x`` [T, i], ``y`` [T, o] -> [T, o]."""
+    def received(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input [T, i] of the base's linear, and weights [T, E] if they came with it; see ``carry``."""
+        width = self.parts[0].layout.in_features
+        return (x[..., :width], x[..., width:]) if self.carries else (x, None)
+
+    def forward(self, x: Tensor, y: Tensor, given: Tensor | None = None) -> Tensor:
+        """Add the experts' part to the base's output: ``x`` [T, i], ``y`` [T, o] -> [T, o]; ``given`` weights [T, E]."""
         z = F.linear(x, self.down)
         seen = tensor_model_parallel_all_reduce(z.clone()) if self.by_row else z
         pieces, projections = [], z.split(self.sizes, dim=-1)
         for number, whole in enumerate(seen.split(self.sizes, dim=-1)):
             part = self.parts[number]
-            w = self.routing.weights(part.name, x, whole, part.layout.ranks)
+            w = self.routing.weights(part.name, whole, whole, part.layout.ranks) if given is None else given
             bias = self.bias[str(number)] if part.layout.bias else None
             pieces.append(mixture(projections[number], w, part.layout.ranks, self.up[number], bias))
         added = [pieces[n] if n is not None else y.new_zeros(*y.shape[:-1], size) for n, size in self.spans]
@@ -152,10 +161,16 @@ def _with_experts(method: type) -> type:
 
     class Upscaled(method):
         def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-            return layer.mixture(x, super().apply(layer, x, bias))
+            x, given = layer.mixture.received(x)
+            return layer.mixture(x, super().apply(layer, x, bias), given)
 
     Upscaled.__name__ = Upscaled.__qualname__ = f"Upscaled{method.__name__}"
     return Upscaled
+
+
+def carry(hidden: Tensor, routing: Routing) -> Tensor:
+    """Hidden states [T, d] with their weights [T, E] behind them, on their way to the output head."""
+    return torch.cat([hidden, routing.weights("", hidden).to(hidden.dtype)], dim=-1)
 
 
 def attach(linear: Any, parts: Sequence[Part], routing: Routing) -> Mixture:

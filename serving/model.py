@@ -1,6 +1,9 @@
 """vLLM model classes, one per architecture, made on demand: the base's own class plus the experts."""
 
+import re
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -8,10 +11,17 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from serving.compat import check_version, renamed
-from serving.mixture import Part, attach
+from serving.compat import check_version, hand_over_weights, renamed
+from serving.mixture import Part, attach, carry
 from serving.plugin import PREFIX
-from upscale.modeling_upscaled import Layout, Routing, watch_blocks
+from serving.prefix import AttentionMean, attention_like
+from serving.prompts import PromptWeights, by_prompt, forced_expert
+from upscale.runtime.mixture_upscaled import EMBEDDING, LINEAR, EmbeddingExperts, Layout, NormExperts
+from upscale.runtime.modeling_upscaled import watch
+from upscale.runtime.routing_upscaled import Routing, make_router
+
+_OTHER_ROUTER = re.compile(r"router\.[0-9a-f]{8}\.")  # of a calibration that is being replaced
+Loaders = dict[str, list[tuple[str, Callable[[Tensor], str]]]]  # by tensor: (module, copies it and names the parameter)
 
 
 class UpscaledModel(nn.Module):
@@ -25,37 +35,100 @@ class UpscaledModel(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config.architectures = ours
         layout = Layout.from_config(config.upscale)
-        additional = vllm_config.additional_config
-        options = additional.get("upscale", {}) if isinstance(additional, dict) else {}
-        routing = layout.routing()
-        forced = routing.one_hot(options.get("expert"))
-        routing.forced = None if forced is None else forced.to(next(self.parameters()).device)
-        self._expert_loaders: dict[str, tuple[str, Callable[[Tensor], str]]] = {}
+        self.router = make_router(layout.modules, layout.router)
+        self.routing = Routing(layout.experts, self.router)
+        forced = self.routing.one_hot(forced_expert(vllm_config))
+        self.routing.forced = None if forced is None else forced.to(next(self.parameters()).device)
         located = _located(self, layout)
-        _check_scope(self, located, routing)
-        watch_blocks(self, located, routing)
+        if self.routing.forced is None:
+            self._follow(located, vllm_config, prefix)
+        self._loaders: Loaders = {}
+        for name in self.router.shapes():
+            stored = f"{layout.router['tensors']}.{name}"
+            self._loaders[stored] = [("router", lambda t, n=name: _copy(self.router, n, t))]
+        self._attach(located, vllm_config.model_config.dtype)
+
+    def _follow(self, located: dict[str, list[Part]], vllm_config: VllmConfig, prefix: str) -> None:
+        """Give the router what it needs to decide: whole prompts, or means over prefixes and what it watches."""
+        if vllm_config.parallel_config.pipeline_parallel_size > 1 and self.router.shared:
+            raise ValueError(
+                "a router that decides for other layers does not work across pipeline stages; use tensor parallelism"
+            )
+        if by_prompt(vllm_config.model_config.hf_config.upscale):
+            tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            self.prompt_weights = PromptWeights(tokens, len(self.routing.experts))
+            self.routing.given = self.prompt_weights.tensor
+            hand_over_weights(self, self.prompt_weights)
+            return
+        # A layer's name must hold one number, which tells the engine where in the model it is.
+        sites = list(self.router.sites.items())
+        like = attention_like(self) if sites else None
+        self.means = nn.ModuleList(
+            AttentionMean(like, width, self.router.half_life, f"{prefix}upscale_means.layers.{n}")
+            for n, (_, width) in enumerate(sites)
+        )
+        by_site = {site: mean for (site, _), mean in zip(sites, self.means, strict=True)}
+        dtype = vllm_config.model_config.dtype
+        self.router.mean = lambda site, values: by_site[site](values, self.router.positions, dtype)
+        embedding = next(m for m in self.modules() if isinstance(m, VocabParallelEmbedding))
+        watch(self, embedding, list(located), self.routing)
+
+    def _attach(self, located: dict[str, list[Part]], dtype) -> None:
+        """Hang the experts on their modules and note how each of their tensors is loaded."""
+        self._carries = False
+        device = next(self.parameters()).device
         for path, parts in located.items():
-            mixture = attach(self.get_submodule(path), parts, routing)
-            for tensor, load in mixture.loaders().items():
-                self._expert_loaders[tensor] = (f"{path}.mixture", load)
+            module: Any = self.get_submodule(path)
+            if linears := [part for part in parts if part.layout.kind == LINEAR]:
+                mixture = attach(module, linears, self.routing)
+                self._carries = self._carries or mixture.carries
+                for tensor, load in mixture.loaders().items():
+                    self._loaders.setdefault(tensor, []).append((f"{path}.mixture", load))
+            for part in parts:
+                if part.layout.kind == LINEAR:
+                    continue
+                layer = EmbeddingExperts if part.layout.kind == EMBEDDING else NormExperts
+                module.experts = layer(part.name, part.layout, self.routing, dtype=dtype, device=device)
+                module.register_forward_hook(_add_experts)
+                for name in part.layout.shapes():
+                    load = partial(_copy, module.experts, name)
+                    self._loaders.setdefault(f"{part.name}.experts.{name}", []).append((f"{path}.experts", load))
+
+    def forward(self, input_ids, positions, *args, **kwargs):
+        """A pass of the base's class; where a head needs them, weights go on behind the hidden states."""
+        self.router.start()
+        self.router.positions = positions
+        hidden = super().forward(input_ids, positions, *args, **kwargs)
+        return carry(hidden, self.routing) if self._carries and isinstance(hidden, Tensor) else hidden
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the experts' tensors here and hand all others to the base's class. Returns the parameters loaded."""
-        loaded, missing = set(), set(self._expert_loaders)
+        loaded, missing = set(), set(self._loaders)
 
         def others():
             for name, tensor in weights:
-                if name in self._expert_loaders:
-                    path, load = self._expert_loaders[name]
-                    loaded.add(f"{path}.{load(tensor)}")
+                if name in self._loaders:
+                    loaded.update(f"{path}.{load(tensor)}" for path, load in self._loaders[name])
                     missing.discard(name)
-                else:
+                elif not _OTHER_ROUTER.match(name):
                     yield name, tensor
 
         loaded |= super().load_weights(others()) or set()  # type: ignore[misc]
         if missing:
-            raise ValueError(f"expert tensors are missing: {sorted(missing)[:3]}; build the checkpoint again")
+            raise ValueError(f"tensors of experts or router are missing: {sorted(missing)[:3]}; build them again")
         return loaded
+
+
+def _copy(module: nn.Module, name: str, tensor: Tensor) -> str:
+    module.get_parameter(name).data.copy_(tensor)
+    return name
+
+
+def _add_experts(module: Any, args: tuple, output: Any) -> Any:
+    """Change what a module returns; vLLM's norms may return the residual beside it."""
+    if isinstance(output, tuple):
+        return (module.experts(args, output[0]), *output[1:])
+    return module.experts(args, output)
 
 
 def _located(model: nn.Module, layout: Layout) -> dict[str, list[Part]]:
@@ -71,7 +144,7 @@ def _located(model: nn.Module, layout: Layout) -> dict[str, list[Part]]:
             fused = next((f for f, leaves in packed.items() if leaf in leaves and f"{parent}.{f}" in modules), None)
             if fused is not None:
                 path, index = f"{parent}.{fused}", packed[fused].index(leaf)
-            elif not parent:  # some classes have no module for a head that is tied to the embeddings
+            elif not parent and module_layout.kind == LINEAR:  # a class without a module for a tied head
                 path = next(path for path, module in modules.items() if isinstance(module, VocabParallelEmbedding))
             elif _elsewhere(modules, path):
                 continue
@@ -81,13 +154,6 @@ def _located(model: nn.Module, layout: Layout) -> dict[str, list[Part]]:
             continue
         found.setdefault(path, []).append(Part(name, module_layout, index))
     return found
-
-
-def _check_scope(model: nn.Module, located: Iterable[str], routing: Routing) -> None:
-    """vLLM computes logits apart from the blocks, for some tokens only: what was decided for all does not fit there."""
-    heads = [path for path in located if isinstance(model.get_submodule(path), VocabParallelEmbedding)]
-    if heads and routing.router.scope != "linear":
-        raise ValueError(f"{heads[0]}: vLLM routes an output head by its own input only, not by block or model")
 
 
 def _elsewhere(modules: dict[str, nn.Module], path: str) -> bool:

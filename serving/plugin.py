@@ -8,10 +8,11 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from serving.compat import register_config
+    from serving.compat import decide_requests, register_config
     from serving.config import EngineConfig
 
     register_config(EngineConfig)
+    decide_requests()
     for architecture in list(ModelRegistry.get_supported_archs()):
         if architecture.startswith(PREFIX):
             continue

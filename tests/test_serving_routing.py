@@ -10,7 +10,7 @@ import upscale
 from tests.architectures import TABLE
 from tests.conftest import perturbed, save_model
 from tests.vllm_runs import generate, logprobs, prompts, reference, vllm_engine
-from upscale.modeling_upscaled import ROUTERS
+from upscale.runtime.routing_upscaled import ROUTERS
 from zoo import Group
 
 LENGTHS = (3, 17, 40, 100)

@@ -1,93 +1,27 @@
-"""Tasks, metrics and engines: against generation by hand, and a real HTTP server in a thread."""
+"""Evaluation of models on tasks: against generation and passes by hand, and a real HTTP server in a thread."""
 
-import json
-import threading
+import math
 from http.server import ThreadingHTTPServer
 
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from tests.architectures import TABLE
-from tests.conftest import perturbed
-from tests.reference.models import dense, paths, plain
-from tests.reference.server import Handler
-from upscale import evaluate, load
-from upscale.cli import main
+from tests.conftest import perturbed, save_model
+from tests.reference.models import block_linears, dense, paths, plain, tensors
+from tests.reference.scoring import of_continuation
+from tests.reference.server import Handler, reverse_server
+from upscale import evaluate, load, smile
 from upscale.config import EvalConfig
 from upscale.engines import open_engine
 from upscale.errors import ConfigError, EngineError, LoadError, TaskError
-from upscale.evaluation import to_json
-from upscale.tasks import METRICS, Row, Task, load_tasks
+from upscale.metrics import interval
+from upscale.tasks import Row, Task
+from upscale.trace import trace
+from zoo import Group
 
 PROMPTS = ["a", "what is 7 in roman numerals?", "sort: pear é fig", "bcd", "x" * 40]
-
-
-def write(path, *rows):
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
-    return path
-
-
-def row(prompt="p", completion="c"):
-    return {"prompt": prompt, "completion": completion}
-
-
-# ---------------------------------------------------------------------------------------------------------------- tasks
-def test_tasks_are_read_from_files_and_directories(tmp_path):
-    (tmp_path / "more").mkdir()
-    one = write(tmp_path / "one.jsonl", row("é", "1"), "", row("q", "2"), {**row("r", "3"), "extra": 1})
-    write(tmp_path / "more/b.jsonl", row())
-    write(tmp_path / "more/a.jsonl", row())
-    (tmp_path / "more/notes.txt").write_text("no task")
-    tasks = load_tasks([one, tmp_path / "more"])
-    assert [task.name for task in tasks] == ["one", "a", "b"]
-    assert tasks[0].rows == [Row("é", "1"), Row("q", "2"), Row("r", "3")]
-    assert load_tasks([str(one)], limit=2)[0].rows == [Row("é", "1"), Row("q", "2")]
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("{", ":2: not a row like"),
-        ('{"prompt": "p"}', ":2: not a row like"),
-        ('["p", "c"]', ":2: not a row like"),
-        ("3", ":2: not a row like"),
-        ('{"prompt": "p", "completion": 3}', ":2: prompt and completion must be strings"),
-        ('{"prompt": null, "completion": "c"}', ":2: prompt and completion must be strings"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, says):
-    file = write(tmp_path / "t.jsonl", row(), line, row())
-    with pytest.raises(TaskError) as error:
-        load_tasks([file])
-    assert f"{file}{says}" in str(error.value)
-
-
-def test_files_that_hold_no_tasks_are_named(tmp_path):
-    for content in ("", "\n\n"):
-        (tmp_path / "empty.jsonl").write_text(content)
-        with pytest.raises(TaskError, match=r"empty\.jsonl: no rows"):
-            load_tasks([tmp_path / "empty.jsonl"])
-    (tmp_path / "empty.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(TaskError, match=r"empty\.jsonl: cannot be read"):
-        load_tasks([tmp_path / "empty.jsonl"])
-    with pytest.raises(TaskError, match=r"absent\.jsonl: cannot be read"):
-        load_tasks([tmp_path / "absent.jsonl"])
-    (tmp_path / "none").mkdir()
-    with pytest.raises(TaskError, match=r"none: no \.jsonl file"):
-        load_tasks([tmp_path / "none"])
-    with pytest.raises(TaskError, match="no tasks"):
-        load_tasks([])
-    twin = write(tmp_path / "none/t.jsonl", row())
-    with pytest.raises(TaskError, match="two tasks are named t"):
-        load_tasks([twin, write(tmp_path / "t.jsonl", row())])
-
-
-def test_metrics():
-    exact, contains = METRICS["exact_match"], METRICS["contains"]
-    assert [exact(*pair) for pair in ((" a b\n", "a b"), ("a  b", "a b"), ("A", "a"), ("", ""))] == [1, 0, 0, 1]
-    assert [contains(*pair) for pair in (("so: XII.", " XII "), ("xii", "XII"), ("", "a"))] == [1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +31,7 @@ def test_metrics():
         {"batch_size": 0},
         {"max_new_tokens": 0},
         {"metric": "bleu"},
+        {"oracle": True, "expert": "e1"},
         {"dtype": "int8"},
         {"prompt_template": "no place"},
         {"chat": True, "prompt_template": "Q: {prompt}"},
@@ -132,7 +67,7 @@ def half_right(name, prompts, answers):
 
 @pytest.fixture(scope="module")
 def out(builds):
-    return builds(TABLE[0], 3, rank=1000, router_rank=4)[0]
+    return builds(TABLE[0], 3, rank=1000, router_rank=4, rest="base")[0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
@@ -209,14 +144,8 @@ def test_what_a_user_can_get_wrong(out, groups, tmp_path):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.asked = []
-        running.url = f"http://127.0.0.1:{running.server_port}"
-        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
-        thread.start()
+    with reverse_server() as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
@@ -256,33 +185,114 @@ def test_a_server_that_is_down_is_named(monkeypatch):
         evaluate({"m": "reverse"}, [Task("t", [Row("p", "p")])], engine=url)
 
 
-# ----------------------------------------------------------------------------------------------------------------- JSON
-def test_json_of_the_library_and_of_the_command(server, tmp_path):
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    write(tasks / "a.jsonl", row("ab", "ba"), row("ab", "ab"))
-    write(tasks / "b.jsonl", row("xy", "yx"))
-    results = evaluate({"m": "reverse"}, [tasks], engine=server.url)
-    wanted = [
-        {"model": "m", "task": task, "metric": "exact_match", "score": score, "n": n, "expert": None}
-        for task, score, n in (("a", 0.5, 2), ("b", 1.0, 1))
+# ----------------------------------------------------------------------------------------------------- kinds and fields
+CHOICES = [Row(p, c[n % 3], c) for n, p in enumerate(PROMPTS) for c in [("yes", "no, never", "x" * (n + 1))]]
+LABELS = [Row(p, ("up", "down")[n % 2], ("down", "up")) for n, p in enumerate(PROMPTS)]
+TEXTS = [Row("", text) for text in ("a text of some length", "été", "x")]
+
+
+def test_every_kind_in_one_run(out):
+    model = load(out)
+    tasks = [Task("c", CHOICES, "choice"), Task("l", LABELS, "label"), Task("t", TEXTS, "text")]
+    tasks.append(half_right("g", PROMPTS, by_hand(model, out, PROMPTS)))
+    seen = []
+    results = {
+        r.task: r for r in evaluate({"m": out}, tasks, max_new_tokens=8, progress=lambda *step: seen.append(step))
+    }
+    assert [(r.task, r.metric, r.n) for r in results.values()] == [
+        *(("c", "accuracy", 5), ("l", "accuracy", 5), ("t", "perplexity", 3), ("g", "exact_match", 5))
     ]
-    file = tmp_path / "scores.json"
-    arguments = [
-        "eval",
-        "m=reverse",
-        "--tasks",
-        str(tasks / "a.jsonl"),
-        str(tasks / "b.jsonl"),
-        "--engine",
-        server.url,
-        "--json",
-        str(file),
-    ]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
-    for found in (to_json(results), json.loads(file.read_text())):
-        assert list(found) == ["results"]
-        for entry, want in zip(found["results"], wanted, strict=True):
-            assert entry == {**want, "engine": server.url, "seconds": entry["seconds"]}
-            assert 0 <= entry["seconds"] < 60
+    assert seen[-1] == (3 * 5 + 2 * 5 + 3 + 5, 3 * 5 + 2 * 5 + 3 + 5, "m on g")
+    for name, rows in (("c", CHOICES), ("l", LABELS)):
+        result, right, normed, own = results[name], 0, 0, []
+        for row, mark in zip(rows, result.rows, strict=True):
+            values = [of_continuation(model, row.prompt, choice) for choice in row.choices]
+            best = row.choices[values.index(max(values))]
+            per_character = [value / len(choice) for value, choice in zip(values, row.choices, strict=True)]
+            right += best == row.completion
+            normed += row.choices[per_character.index(max(per_character))] == row.completion
+            own.append(values[row.choices.index(row.completion)])
+            assert mark["answer"] == best
+            assert mark["loglikelihoods"] == pytest.approx(values, abs=2e-4)
+        assert (result.score, result.others["accuracy_norm"]) == (right / 5, normed / 5)
+        assert result.others["loglikelihood"] == pytest.approx(sum(own) / 5, abs=1e-4)
+    sums = [of_continuation(model, "", row.completion) for row in TEXTS]
+    lengths = [len(row.completion.encode()) for row in TEXTS]  # tokens are bytes here
+    assert results["t"].score == pytest.approx(math.exp(-sum(sums) / sum(lengths)), rel=1e-4)
+    assert results["t"].others == {"byte_perplexity": pytest.approx(results["t"].score)}
+    assert [(mark["tokens"], mark["bytes"]) for mark in results["t"].rows] == [(n, n) for n in lengths]
+    assert (results["g"].score, results["g"].others) == (3 / 5, {"contains": 3 / 5})
+    for result in results.values():
+        assert (result.low, result.high) == interval(result.metric, result.rows)
+        assert result.low <= result.score <= result.high
+        assert (result.generated is None) == (result.task != "g")
+    assert 5 <= results["g"].generated <= 40
+
+
+def test_a_template_frames_prompts_but_no_texts(out):
+    tasks = [Task("c", CHOICES, "choice"), Task("t", TEXTS, "text")]
+    framed, plainly = evaluate({"m": out}, tasks, prompt_template="Q: {prompt}\\n"), evaluate({"m": out}, tasks)
+    want = [of_continuation(load(out), f"Q: {CHOICES[1].prompt}\n", choice) for choice in CHOICES[1].choices]
+    assert framed[0].rows[1]["loglikelihoods"] == pytest.approx(want, abs=2e-4)
+    assert framed[1].score == plainly[1].score
+
+
+def test_a_metric_is_used_where_it_applies(out):
+    answers = by_hand(load(out), out, PROMPTS)
+    rows = [Row(p, a, tuple(sorted(set(answers)))) for p, a in zip(PROMPTS, answers, strict=True)]
+    tasks = [Task("l", rows, "label"), Task("c", CHOICES, "choice"), half_right("g", PROMPTS, answers)]
+    results = evaluate({"m": out}, tasks, metric="exact_match", max_new_tokens=8)
+    assert [(r.metric, r.score) for r in results if r.task != "c"] == [("exact_match", 1.0), ("exact_match", 3 / 5)]
+    (normed,) = evaluate({"m": out}, tasks[1:2], metric="accuracy_norm")
+    assert (normed.score, normed.metric) == (results[1].others["accuracy_norm"], "accuracy_norm")
+    with pytest.raises(TaskError, match="--metric perplexity applies to none of the tasks, which are of kind choice"):
+        evaluate({"m": out}, tasks[1:2], metric="perplexity")
+
+
+@pytest.mark.parametrize("name", ["e2", "other"])
+def test_where_prompts_went(builds, name):
+    directory, _ = builds(TABLE[0], 3, rank=16, router_rank=4, top_k=2)
+    (result,) = evaluate({"m": directory}, [Task(name, [Row(p, "c") for p in PROMPTS])], max_new_tokens=1)
+    traces = [trace(directory, prompt) for prompt in PROMPTS]
+    chosen = [t.experts[int(sum(w[-1] for w in t.modules.values()).argmax())] for t in traces]
+    assert [mark["expert"] for mark in result.rows] == chosen
+    assert result.routes.shares == {expert: chosen.count(expert) / 5 for expert in sorted(set(chosen))}
+    assert result.routes.accuracy == (chosen.count("e2") / 5 if name == "e2" else None)
+    assert result.routes.experts == ["e1", "e2", "e3"]
+    for block, weights in result.routes.blocks.items():
+        assert weights == pytest.approx((sum(t.blocks[block][-1] for t in traces) / 5).tolist(), abs=1e-4)
+    (forced,) = evaluate({"m": directory}, [Task("e2", [Row("p", "c")])], max_new_tokens=1, expert="e1")
+    assert forced.routes is None and "expert" not in forced.rows[0]
+
+
+def test_what_goes_to_no_expert_goes_to_the_base(tmp_path):
+    """Only biases changed: the router has nothing to go by."""
+    qwen2 = next(a for a in TABLE if a.name == "qwen2")
+    biases = {n for n in block_linears(qwen2.model(0)) if n.endswith("bias")}
+    base = save_model(qwen2.model(0), tmp_path / "base")
+    tunes = {f"e{n}": save_model(perturbed(qwen2, n, names=biases.__contains__), tmp_path / f"e{n}") for n in (1, 2)}
+    smile(Group.of(base, tunes), tmp_path / "out", rank=8)
+    (result,) = evaluate({"m": tmp_path / "out"}, [Task("e1", [Row("p", "c")])], max_new_tokens=1)
+    assert (result.routes.shares, result.routes.accuracy) == ({"base": 1.0}, 0.0)
+
+
+def test_the_size_is_that_of_the_tensors(out, groups):
+    base, _ = paths(groups(TABLE[0], 3))
+    results = evaluate({"m": out, "base": base}, [Task("t", [Row("p", "c")])], max_new_tokens=1)
+    assert [r.size for r in results] == [sum(t.nbytes for t in tensors(path).values()) for path in (out, base)]
+
+
+def test_what_cannot_be_scored_is_named(server, tmp_path):
+    with pytest.raises(TaskError, match="task t, row 2: nothing to score: no token has another before it"):
+        evaluate({"m": "reverse"}, [Task("t", [Row("", "ab"), Row("", "x")], "text")], engine=server.url)
+    model = TABLE[0].model(0)
+    model.lm_head.weight.data[:] = torch.nan
+    save_model(model, tmp_path / "broken")
+    with pytest.raises(EngineError, match="task t, row 1: the model's log-likelihood is nan; is it broken"):
+        evaluate({"m": tmp_path / "broken"}, [Task("t", [Row("", "ab")], "text")])
+
+
+def test_a_server_counts_tokens_and_knows_no_size(server):
+    tasks = [Task("t", [Row("abc", "cba"), Row("de", "ed")]), Task("u", [Row("uncounted", "c")])]
+    results = evaluate({"m": "reverse"}, tasks, engine=server.url)
+    assert [(r.generated, r.size, r.routes) for r in results] == [(5, None, None), (None, None, None)]

@@ -1,18 +1,23 @@
-"""Dense merges against plain sums, bit for bit where float32 allows."""
+"""Dense merges against plain sums, bit for bit where float32 allows; TIES against the paper's algorithm."""
 
 import json
 import pkgutil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import upscale
 from tests.architectures import TABLE
 from tests.conftest import perturbed, save_model
+from tests.reference import ties as reference
 from tests.reference.models import IDS, logits, paths, plain, tensors
 from upscale import load, merge
 from upscale.errors import ConfigError
-from upscale.modeling_upscaled import UpscaledModel
+from upscale.merging import METHODS
+from upscale.runtime.modeling_upscaled import UpscaledModel
+from upscale.ties import elect, thresholds
 from zoo import Group, GroupError, MismatchError, OutputError
 
 
@@ -73,17 +78,64 @@ def test_half_sources_are_summed_in_float32_and_rounded_once(tmp_path, dtype, me
     assert torch.isfinite(logits(load(tmp_path / "out"), IDS)).all()
 
 
-def test_the_same_bytes_twice(groups, tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_bytes_twice(groups, tmp_path, method):
     for out in ("one", "two"):
-        merge(groups(TABLE[1], 3), tmp_path / out)
+        merge(groups(TABLE[1], 3), tmp_path / out, method)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
+# ----------------------------------------------------------------------------------------------------------------- TIES
+def test_ties_by_hand():
+    """Two tensors of two experts, of which half is kept: 4, -3, 2 and 5, 3, -3 (3 as large as -3, so both stay)."""
+    deltas = {
+        "a": [torch.tensor([[4.0, -3.0], [1.0, 0.5]]), torch.tensor([[-1.0, 5.0], [0.0, 3.0]])],
+        "b": [torch.tensor([2.0, -0.5]), torch.tensor([-3.0, 0.0])],
+    }
+    assert thresholds(deltas.__getitem__, ["a", "b"], 0.5) == [2.0, 3.0]
+    assert elect(deltas["a"], [2.0, 3.0]).tolist() == [[4.0, 5.0], [0.0, 3.0]]
+    assert elect(deltas["b"], [2.0, 3.0]).tolist() == [-3.0, 0.0]
+    three = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0]), torch.tensor([-2.0, 0.0])]
+    assert elect(three, [1.0, 1.0, 1.0]).tolist() == [2.0, 0.0]  # the mean of 1 and 3; 2 - 2 elects no sign
+
+
+magnitudes = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from(
+    [0.0, -0.0, 1.0, -1.0, 2**-149]
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(magnitudes, min_size=1, max_size=40), st.data())
+def test_the_threshold_is_the_magnitude_of_that_rank(values, data):
+    """Ties, zeros and denormal numbers among them; however the values are dealt to tensors."""
+    keep = data.draw(st.integers(1, len(values)))
+    cut = data.draw(st.integers(0, len(values)))
+    parts = {"a": [torch.tensor(values[:cut])], "b": [torch.tensor(values[cut:])]}
+    (found,) = thresholds(parts.__getitem__, ["a", "b"], keep / len(values))
+    assert found == sorted(map(abs, values), reverse=True)[keep - 1]
+
+
+@pytest.mark.parametrize(("density", "scaling"), [(0.2, None), (0.05, 0.5), (1.0, 1.0)])
+def test_ties_is_the_papers_algorithm(groups, tmp_path, density, scaling):
+    group = groups(TABLE[1], 3)
+    base, experts = paths(group)
+    merge(group, tmp_path / "out", "ties", density=density, scaling=scaling)
+    was, got = tensors(base), tensors(tmp_path / "out")
+    names = sorted(was)
+    deltas = [torch.cat([(tensors(path)[n] - was[n]).flatten() for n in names]).tolist() for path in experts.values()]
+    want = torch.tensor(reference.merged(deltas, round(density * len(deltas[0]))))
+    assert (want == 0).any() == (density < 1) and (want != 0).float().mean() > 2 * density / 3
+    added = torch.cat([(got[n] - was[n]).flatten() for n in names])
+    torch.testing.assert_close(added, want * (1.0 if scaling is None else scaling), atol=1e-6, rtol=0)
+
+
 def test_what_a_user_can_get_wrong(groups, tmp_path):
     group = groups(TABLE[0], 2)
-    with pytest.raises(ConfigError, match="'median' is unknown; there are average, task-arithmetic"):
+    with pytest.raises(ConfigError, match="'median' is unknown; there are average, task-arithmetic, ties"):
         merge(group, tmp_path / "out", "median")
+    with pytest.raises(ConfigError, match=r"density must be above 0 and at most 1, not 1\.5"):
+        merge(group, tmp_path / "out", "ties", density=1.5)
     with pytest.raises(GroupError):
         merge(tmp_path / "absent.yaml", tmp_path / "out")
     with pytest.raises(MismatchError):

@@ -15,7 +15,9 @@ from tests.reference.models import IDS, close, generate, hook_experts, logits, p
 from upscale import load
 from upscale.config import SmileConfig
 from upscale.methods.smile import router, upscale_linear
-from upscale.modeling_upscaled import ROUTERS, Layout, inject
+from upscale.runtime.mixture_upscaled import Layout
+from upscale.runtime.modeling_upscaled import inject
+from upscale.runtime.routing_upscaled import ROUTERS
 
 I, O = 24, 18  # noqa: E741
 NAMES = ("a", "b", "c")

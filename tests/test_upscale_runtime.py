@@ -17,7 +17,7 @@ from tests.architectures import TABLE
 from tests.reference.models import GREEDY, IDS, close, dense, generate, logits, padded, paths, plain, tensors
 from upscale import load
 from upscale.errors import LoadError
-from upscale.modeling_upscaled import UpscaledModel
+from upscale.runtime.modeling_upscaled import UpscaledModel
 from zoo import SourceError
 
 

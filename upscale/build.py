@@ -1,7 +1,8 @@
 """The build loop: read one tensor from the base and every expert, hand the deltas to the method, write."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from upscale import modeling_upscaled
 from upscale.card import card
 from upscale.config import SmileConfig
 from upscale.errors import NonFiniteError
 from upscale.methods import smile as smile_method
-from upscale.modeling_upscaled import Layout, ModuleLayout, upscaled_config
 from upscale.plan import Plan, make_plan
 from upscale.report import ModuleReport, Report, RestReport
-from upscale.skeleton import Linear
+from upscale.runtime import runtime_files
+from upscale.runtime.mixture_upscaled import LINEAR, Layout, ModuleLayout
+from upscale.runtime.modeling_upscaled import upscaled_config
+from upscale.skeleton import Linear, Norm
 from zoo import Checkpoint, Group, Source, Writer, check
 from zoo.files import companions
 
@@ -49,7 +51,7 @@ def smile(
     """
     config = config or SmileConfig(**options)
     group = group if isinstance(group, Group) else Group.load(group)
-    return build(make_plan(check(group), smile_method, config), group, out, progress=progress)
+    return build(make_plan(check(group), smile_method, config, progress), group, out, progress=progress)
 
 
 def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | None = None) -> Report:
@@ -81,6 +83,16 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
             if any(report.norms.values()):
                 rest_reports.append(report)
             step(plan.base.tensors[name].nbytes, name)
+        for norm in plan.norms:
+            for name in (norm.weight, norm.bias):
+                if name is not None:
+                    put(name, plan.base.read(name))
+            kept, reports = _norm(plan, norm)
+            rest_reports += reports
+            if kept is not None:
+                modules[norm.name] = plan.layouts[norm.name]
+                for tensor, value in kept.items():
+                    put(f"{norm.name}.experts.{tensor}", value)
         for linear in plan.linears:
             own = [name for name in (linear.weight, linear.bias) if name is not None and name not in plan.rest]
             for name in own:
@@ -100,6 +112,9 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
                     )
                 )
             step(_nbytes(plan, linear), linear.name)
+        for head, embedding in plan.tied.items():
+            if embedding in modules:
+                modules[head] = replace(modules[embedding], kind=LINEAR, tied=embedding)
         layout = Layout(plan.method.NAME, tuple(plan.experts), plan.method.router(plan.config), modules)
         report = Report(
             plan.method.NAME, module_reports, rest_reports, plan.base_bytes, plan.group_bytes, writer.nbytes
@@ -145,11 +160,34 @@ def _rest(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
         delta = _delta(plan, expert, name, base)
         norms[expert] = float(torch.linalg.vector_norm(delta))
         mean += delta / len(plan.experts)
-    if plan.config.rest == "base" or not any(norms.values()):
+    if plan.config.rest != "average" or not any(norms.values()):
         return source, RestReport(name, norms, norms)
     average = base + mean
     left = {e: float(torch.linalg.vector_norm(_delta(plan, e, name, average))) for e in plan.experts}
     return average, RestReport(name, norms, left)
+
+
+def _norm(plan: Plan, norm: Norm) -> tuple[dict[str, Tensor] | None, list[RestReport]]:
+    """The experts' tensors of a norm, None if none changed it, and what is lost: deltas of gains that are exactly 0."""
+    experts = list(plan.experts)
+    weight = _read(plan.base, norm.weight, plan.config.device)
+    gain = norm.offset + weight
+    deltas = torch.stack([_delta(plan, expert, norm.weight, weight) for expert in experts])
+    scale = torch.where(gain == 0, 0.0, deltas / torch.where(gain == 0, 1.0, gain))
+    lost = torch.where(gain == 0, deltas, 0.0)
+    reports = [RestReport(norm.weight, _norms(experts, deltas), _norms(experts, lost))]
+    kept = {"scale": scale}
+    if norm.bias is not None:
+        bias = _read(plan.base, norm.bias, plan.config.device)
+        shifts = torch.stack([_delta(plan, expert, norm.bias, bias) for expert in experts])
+        reports.append(RestReport(norm.bias, _norms(experts, shifts), dict.fromkeys(experts, 0.0)))
+        kept["shift"] = shifts - bias * scale
+    changed = [report for report in reports if any(report.norms.values())]
+    return (kept if changed else None), changed
+
+
+def _norms(experts: Sequence[str], rows: Tensor) -> dict[str, float]:
+    return dict(zip(experts, torch.linalg.vector_norm(rows, dim=1).tolist(), strict=True))
 
 
 def _upscale(plan: Plan, linear: Linear):
@@ -165,7 +203,7 @@ def _upscale(plan: Plan, linear: Linear):
     if linear.bias is not None:
         base = _read(plan.base, linear.bias, plan.config.device)
         bias_deltas = {expert: _delta(plan, expert, linear.bias, base) for expert in plan.experts}
-    return plan.method.upscale_linear(deltas(), bias_deltas, plan.config)
+    return plan.method.upscale_linear(linear, deltas(), bias_deltas, plan.layouts[linear.name].ranks, plan.config)
 
 
 def _origin(plan: Plan, linear: Linear) -> Tensor:
@@ -200,7 +238,7 @@ def _files(plan: Plan, group: Group, report: Report) -> Mapping[str, bytes | Pat
     }
     return {
         **companions(plan.base.path),
-        "modeling_upscaled.py": Path(modeling_upscaled.__file__),
+        **runtime_files(),
         "upscale.yaml": yaml.safe_dump(recipe, sort_keys=False).encode(),
         "report.json": json.dumps(report.to_json(), indent=1).encode() + b"\n",
         "README.md": card(group, report).encode(),

@@ -16,6 +16,7 @@ _COMMANDS = {
     "eval": "upscale.commands.eval:evaluate",
     "route": "upscale.commands.route:route",
     "smile": "upscale.commands.smile:smile",
+    "spectra": "upscale.commands.spectra:spectra",
 }
 
 

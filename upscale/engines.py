@@ -1,24 +1,35 @@
-"""What runs a model for evaluation: transformers, an OpenAI-compatible server, or an engine found by entry point."""
+"""What runs a model for evaluation: the protocol, transformers, and engines found by address or entry point."""
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 import torch
+from torch.nn import functional as F
 from transformers import GenerationConfig
 
 from upscale.config import EvalConfig
 from upscale.device import check_device
+from upscale.encoding import as_chat, encode_pair, windows
 from upscale.errors import EngineError
 from upscale.loading import load, load_tokenizer, locate, require_expert
+from upscale.trace import Trace
 
 Advance = Callable[[int], None]  # so many more prompts are done
+_LOGITS = 1 << 28  # logits computed at once: 1 GiB in float32
+_ENDLESS = 1 << 30  # context of a model that names no limit
 
 
 class Engine(Protocol):
-    """Greedy answers to prompts."""
+    """Greedy answers to prompts, log-likelihoods of continuations, and where prompts are routed.
+
+    Attributes:
+        generated: tokens generated so far, or None if they cannot be counted.
+    """
+
+    generated: int | None
 
     def force(self, expert: str | None) -> None:
         """From here on, route every token to ``expert``; None for the router. Raises LoadError for an unknown one."""
@@ -26,6 +37,17 @@ class Engine(Protocol):
 
     def answer(self, prompts: Sequence[str], advance: Advance) -> list[str]:
         """Answers in the order of ``prompts``. Raises EngineError."""
+        ...
+
+    def score(self, pairs: Sequence[tuple[str, str]], advance: Advance) -> list[tuple[float, int]]:
+        """For each (prompt, continuation), the continuation's log-likelihood in nats and its tokens.
+
+        Which tokens are scored is said in ``encoding.encode_pair``. Raises EngineError.
+        """
+        ...
+
+    def route(self, prompts: Sequence[str], *, chat: bool) -> Trace | None:
+        """Routing at the last token of each prompt, a row a prompt; None where nothing is routed or it is not known."""
         ...
 
     def close(self) -> None:
@@ -46,6 +68,8 @@ def open_engine(model: str, config: EvalConfig) -> Engine:
         LoadError, SourceError: the model cannot be loaded.
     """
     if is_server(config):
+        from upscale.server_engine import ServerEngine
+
         return ServerEngine(model, config)
     if config.engine == "transformers":
         return TransformersEngine(model, config)
@@ -56,17 +80,21 @@ def open_engine(model: str, config: EvalConfig) -> Engine:
 
 
 class TransformersEngine:
-    """Batches with left padding through ``generate``."""
+    """Batches of prompts of like length: padded left for ``generate``, right for scoring."""
 
     def __init__(self, model: str, config: EvalConfig):
         device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
         self.config, self.directory = config, locate(model)
         self.model: Any = load(model, dtype=config.dtype).to(torch.device(device))
-        self.tokenizer = load_tokenizer(model, padding_side="left")
+        self.tokenizer = load_tokenizer(model, padding_side="left", truncation_side="left")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.options: dict[str, str] = {}
+        self.generated: int | None = 0
+        self.expert: str | None = None
+        text = self.model.config.get_text_config()
+        # A token less than fits, as vLLM must generate one: all engines read the same windows.
+        self.context = (getattr(text, "max_position_embeddings", None) or _ENDLESS) - 1
         # Greedy is greedy, whatever the model's own generation config says; only its token ids count.
         own = self.model.generation_config
         self.model.generation_config = GenerationConfig(
@@ -80,102 +108,116 @@ class TransformersEngine:
         """See Engine."""
         if expert is not None:
             require_expert(self.directory, expert)
-        self.options = {} if expert is None else {"expert": expert}
+        self.expert = expert
 
     def answer(self, prompts: Sequence[str], advance: Advance) -> list[str]:
-        """See Engine; prompts of like length run together."""
+        """See Engine."""
         answers = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-        for start in range(0, len(order), self.config.batch_size):
-            batch = order[start : start + self.config.batch_size]
-            encoded = self._encode([prompts[n] for n in batch])
-            output = self.model.generate(
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
-                max_new_tokens=self.config.max_new_tokens,
-                do_sample=False,
-                **self.options,
-            )
-            tails = output[:, encoded["input_ids"].shape[1] :]
+        for batch in self._batches([len(prompt) for prompt in prompts]):
+            tails = self._generate([prompts[n] for n in batch], self.config.max_new_tokens, self.config.chat)
             for n, text in zip(batch, self.tokenizer.batch_decode(tails, skip_special_tokens=True), strict=True):
                 answers[n] = text
+            self.generated = (self.generated or 0) + self._until_end(tails)
             advance(len(batch))
         return answers
 
-    def _encode(self, prompts: list[str]):
-        if self.config.chat:
-            if not self.tokenizer.chat_template:
-                raise EngineError("the model has no chat template; use --prompt-template instead of --chat")
-            prompts = [
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-                )
-                for prompt in prompts
-            ]
-        encoded = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not self.config.chat)
-        return encoded.to(self.model.device)
+    @torch.no_grad()
+    def score(self, pairs: Sequence[tuple[str, str]], advance: Advance) -> list[tuple[float, int]]:
+        """See Engine; a text that is longer than the context is read in windows."""
+        encoded = [encode_pair(self.tokenizer, *pair, chat=self.config.chat) for pair in pairs]
+        jobs = [
+            (n, ids[begin:end], first - begin, end == len(ids))
+            for n, (ids, start) in enumerate(encoded)
+            for begin, first, end in windows(start, len(ids), self.context)
+        ]
+        totals = [0.0] * len(pairs)
+        for batch in self._batches([len(ids) for _, ids, _, _ in jobs], [first for _, _, first, _ in jobs]):
+            chosen = [jobs[n] for n in batch]
+            with self._forced():
+                values = self._loglikelihoods([ids for _, ids, _, _ in chosen], [first for _, _, first, _ in chosen])
+            for (n, _, _, last), value in zip(chosen, values, strict=True):
+                totals[n] += value
+                advance(last)
+        return [(total, len(ids) - start) for total, (ids, start) in zip(totals, encoded, strict=True)]
+
+    def route(self, prompts: Sequence[str], *, chat: bool) -> Trace | None:
+        """See Engine: what the first generated token meets."""
+        routing = getattr(self.model, "routing", None)
+        if routing is None or not self.model.layout.modules:
+            return None
+        order: list[int] = []
+        parts: dict[str, list[torch.Tensor]] = {}
+        try:
+            for batch in self._batches([len(prompt) for prompt in prompts]):
+                routing.trace = {}
+                # One pass, padded and placed as any other; of what does not fit, the end is looked at.
+                self._generate([prompts[n] for n in batch], 1, chat, truncation=True, max_length=self.context)
+                for name, weights in routing.trace.items():  # of all tokens or, in a head, of the last
+                    last = weights.reshape(len(batch), -1, len(routing.experts))[:, -1]
+                    parts.setdefault(name, []).append(last.float().cpu())
+                order += batch
+        finally:
+            routing.trace = None
+        back = torch.tensor(order).argsort()
+        return Trace(list(prompts), routing.experts, {name: torch.cat(rows)[back] for name, rows in parts.items()})
 
     def close(self) -> None:
         """Drop the model."""
         del self.model
 
+    def _batches(self, lengths: Sequence[int], firsts: Sequence[int] | None = None) -> Iterator[list[int]]:
+        """Indices of like length, shortest first; fewer where too many logits, from ``firsts`` on, would be held."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        batch: list[int] = []
+        for n in sorted(range(len(lengths)), key=lengths.__getitem__):
+            kept = 0 if firsts is None else lengths[n] - min(firsts[m] for m in (*batch, n)) + 1
+            if batch and (len(batch) == self.config.batch_size or (len(batch) + 1) * kept * vocabulary > _LOGITS):
+                yield batch
+                batch = []
+            batch.append(n)
+        if batch:
+            yield batch
 
-class ServerEngine:
-    """Concurrent requests to an OpenAI-compatible server, which must serve ``model`` by that name."""
+    def _forced(self) -> AbstractContextManager:
+        return nullcontext() if self.expert is None else self.model.force(self.expert)
 
-    def __init__(self, model: str, config: EvalConfig):
-        import openai
+    def _generate(self, prompts: list[str], new: int, chat: bool, **encoding: Any) -> torch.Tensor:
+        """New tokens [B, new], padded after each one's end; ``encoding`` goes to the tokenizer."""
+        if chat:  # the template has the special tokens
+            prompts = [as_chat(self.tokenizer, prompt) for prompt in prompts]
+        encoded = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat, **encoding)
+        encoded = encoded.to(self.model.device)
+        with self._forced():
+            output = self.model.generate(
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                max_new_tokens=new,
+                do_sample=False,
+            )
+        return output[:, encoded["input_ids"].shape[1] :]
 
-        self.model, self.config = model, config
-        self.client = openai.OpenAI(
-            base_url=_api(config.engine), api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=3, timeout=600
-        )
-        try:
-            entries = list(self.client.models.list())
-        except openai.OpenAIError as error:
-            raise EngineError(f"{config.engine}: no OpenAI-compatible server answers: {error}") from error
-        if model not in (served := [entry.id for entry in entries]):
-            raise EngineError(f"{config.engine} serves {', '.join(served)}, not {model}")
-        # vLLM's server takes a repetition penalty from the model's generation config unless a request says otherwise.
-        ours = any(entry.owned_by == "vllm" for entry in entries)
-        self.extra = {"repetition_penalty": 1.0} if ours else {}
+    def _until_end(self, tails: torch.Tensor) -> int:
+        """Tokens of ``tails`` [B, new] up to each row's first end token, itself included."""
+        ends = self.model.generation_config.eos_token_id
+        ended = torch.isin(tails, torch.tensor([] if ends is None else ends, dtype=tails.dtype, device=tails.device))
+        return int((ended.cumsum(dim=1) - ended.long() == 0).sum())
 
-    def force(self, expert: str | None) -> None:
-        """See Engine; a server's expert is chosen when it starts."""
-        if expert is not None:
-            raise EngineError("a server's expert cannot be forced by a client; use `upscale serve --expert NAME`")
-
-    def answer(self, prompts: Sequence[str], advance: Advance) -> list[str]:
-        """See Engine; prompts are in flight together."""
-        import openai
-
-        def ask(prompt: str) -> str:
-            options: dict[str, Any] = {
-                "model": self.model,
-                "max_tokens": self.config.max_new_tokens,
-                "temperature": 0.0,
-            }
-            options["extra_body"] = self.extra
-            if self.config.chat:
-                messages = [{"role": "user", "content": prompt}]
-                reply = self.client.chat.completions.create(messages=messages, **options)  # type: ignore[arg-type]
-                text = reply.choices[0].message.content
-            else:
-                text = self.client.completions.create(prompt=prompt, **options).choices[0].text
-            advance(1)
-            return text or ""
-
-        try:
-            with ThreadPoolExecutor(self.config.batch_size) as pool:
-                return list(pool.map(ask, prompts))
-        except openai.OpenAIError as error:
-            raise EngineError(f"{self.config.engine}: {error}") from error
-
-    def close(self) -> None:
-        """Close the connections."""
-        self.client.close()
-
-
-def _api(url: str) -> str:
-    url = url.rstrip("/")
-    return url if url.endswith("/v1") else f"{url}/v1"
+    def _loglikelihoods(self, rows: list[list[int]], firsts: list[int]) -> list[float]:
+        """For each row of token ids, the log-likelihood of those from ``firsts`` on; no position sees the padding."""
+        longest, kept = max(map(len, rows)), min(firsts) - 1
+        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id or 0)
+        mask = torch.zeros_like(ids)
+        for n, row in enumerate(rows):
+            ids[n, : len(row)], mask[n, : len(row)] = torch.tensor(row), 1
+        options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            options["logits_to_keep"] = longest - kept
+        device = self.model.device
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), **options).logits
+        kept = longest - logits.shape[1]
+        values = []
+        for n, (row, first) in enumerate(zip(rows, firsts, strict=True)):
+            given = logits[n, first - 1 - kept : len(row) - 1 - kept].float()
+            right = torch.tensor(row[first:], device=device)
+            values.append(-F.cross_entropy(given, right, reduction="none").double().sum().item())
+        return values

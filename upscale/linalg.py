@@ -38,12 +38,12 @@ def factor(delta: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> L
 
     Args:
         delta: [o, i], any float dtype and device; computed there in float32.
-        rank: at least 1; clamped to min(o, i), and to the numerical rank of ``delta``.
+        rank: at least 0; clamped to min(o, i), and to the numerical rank of ``delta``.
         exact: full SVD, the reference.
         seed: of the sketch; same seed, same factors.
 
     Returns:
-        LowRank, of rank 0 if ``delta`` is zero.
+        LowRank, of rank 0 if ``delta`` or ``rank`` is zero.
 
     Raises:
         NonFiniteError: NaN or infinity in ``delta``.
@@ -53,8 +53,8 @@ def factor(delta: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> L
     if not norm < float("inf"):
         raise NonFiniteError(f"a delta of shape {list(delta.shape)} has NaN or infinite values")
     o, i = delta.shape
-    if norm == 0.0:
-        return LowRank(delta.new_zeros(0, i), delta.new_zeros(o, 0), 0.0, 0.0)
+    if norm == 0.0 or rank == 0:
+        return LowRank(delta.new_zeros(0, i), delta.new_zeros(o, 0), norm, norm)
     if exact or rank + OVERSAMPLE >= min(o, i):
         u, s, v = torch.linalg.svd(delta, full_matrices=False)
     elif o < i:  # the small SVD then is of the shorter side

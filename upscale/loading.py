@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from upscale.errors import LoadError
-from upscale.modeling_upscaled import BASE, MODEL_TYPE, UpscaledConfig, UpscaledForCausalLM
+from upscale.runtime.modeling_upscaled import MODEL_TYPE, UpscaledConfig, UpscaledForCausalLM
+from upscale.runtime.routing_upscaled import BASE
 from zoo import Source
 
 # From here on the Auto classes, AutoTokenizer among them, need no remote code for an upscaled checkpoint.

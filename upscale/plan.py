@@ -11,8 +11,9 @@ from upscale.config import SmileConfig
 from upscale.device import check_device
 from upscale.errors import ConfigError, PlanError
 from upscale.methods import Method
-from upscale.modeling_upscaled import ModuleLayout
-from upscale.skeleton import Linear, linears
+from upscale.ranks import Progress, choose_ranks
+from upscale.runtime.mixture_upscaled import EMBEDDING, NORM, ModuleLayout
+from upscale.skeleton import Linear, Norm, Skeleton, skeleton
 from zoo import Checkpoint, TensorSpec, Verdict
 from zoo.preflight import parameters
 
@@ -26,7 +27,9 @@ class Plan:
         experts: headers of the experts, by name.
         method: the upscaling method's module.
         config: its settings.
-        linears: the modules to upscale, in the model's order.
+        linears: the linears to upscale, the embedding first, in the model's order.
+        norms: the norms whose deltas are kept.
+        tied: the embedding that lends the output head its factors, by the head's name.
         layouts: the largest layout that each can get, by module name.
         rest: tensors of the base that are not upscaled.
         declared: every tensor that may be written.
@@ -37,6 +40,8 @@ class Plan:
     method: Method
     config: SmileConfig
     linears: Sequence[Linear]
+    norms: Sequence[Norm]
+    tied: Mapping[str, str]
     layouts: Mapping[str, ModuleLayout]
     rest: Sequence[str]
     declared: Mapping[str, TensorSpec]
@@ -71,33 +76,50 @@ class Plan:
         return max(sizes)
 
 
-def make_plan(verdict: Verdict, method: Method, config: SmileConfig) -> Plan:
-    """Plan the build of a group that passed preflight; reads no weights.
+def make_plan(verdict: Verdict, method: Method, config: SmileConfig, progress: Progress | None = None) -> Plan:
+    """Plan the build of a group that passed preflight; reads no weights, unless ranks follow the spectra.
+
+    Args:
+        verdict: of ``zoo.check``.
+        method: the upscaling method's module.
+        config: its settings.
+        progress: called as spectra are computed, with (done, in all, module).
 
     Raises:
         MismatchError: the group did not pass.
         PlanError: unknown architecture, or the patterns leave nothing to upscale.
-        ConfigError: the device does not exist, or ``top_k`` exceeds the number of experts.
+        ConfigError: the device does not exist, ``top_k`` exceeds the number of experts, or the budget cannot be met.
     """
     verdict.require()
     check_device(config.device)
     if config.top_k > len(verdict.experts):
         raise ConfigError(f"--top-k {config.top_k} is more than the group's {len(verdict.experts)} experts")
     base = verdict.base
-    chosen = _choose(linears(base), config)
-    layouts = {
-        n.name: method.largest(n.in_features, n.out_features, len(verdict.experts), n.bias is not None, config)
-        for n in chosen
-    }
+    chosen, norms = _choose(skeleton(base), config)
+    embeddings = {n.weight: n.name for n in chosen if n.kind == EMBEDDING}
+    tied = {n.name: embeddings[n.weight] for n in chosen if n.head and n.bias is None and n.weight in embeddings}
+    chosen = [n for n in chosen if n.name not in tied]
     upscaled = {n.weight for n in chosen if not n.head or n.weight == f"{n.name}.weight"} | {n.bias for n in chosen}
     kept = parameters(base)
-    rest = [name for name in kept if name not in upscaled]
+    of_norms = {tensor for norm in norms for tensor in (norm.weight, norm.bias)}
+    rest = [name for name in kept if name not in upscaled | of_norms]
     declared = {name: TensorSpec(info.shape, output_dtype(info.dtype, config)) for name, info in kept.items()}
-    for n in chosen:
-        dtype = declared[n.weight].dtype
-        for tensor, shape in layouts[n.name].shapes().items():
-            declared[f"{n.name}.experts.{tensor}"] = TensorSpec(shape, dtype)
-    return Plan(base, verdict.experts, method, config, chosen, layouts, rest, declared)
+    experts = len(verdict.experts)
+    layouts = {n.name: ModuleLayout(n.width, n.width, (0,) * experts, n.bias is not None, NORM) for n in norms}
+    weights = {n.name: n.weight for n in [*norms, *chosen]}
+    _declare(declared, layouts, weights)
+    fixed = sum(spec.nbytes for spec in declared.values())
+    ranks = choose_ranks(verdict, chosen, declared, fixed, config, progress)
+    of_linears = {n.name: method.largest(n, ranks[n.name]) for n in chosen}
+    _declare(declared, of_linears, weights)
+    return Plan(base, verdict.experts, method, config, chosen, norms, tied, layouts | of_linears, rest, declared)
+
+
+def _declare(declared: dict[str, TensorSpec], layouts: Mapping[str, ModuleLayout], weights: Mapping[str, str]) -> None:
+    """Add the experts' tensors of ``layouts``, in the format of the weight that each belongs to."""
+    for name, layout in layouts.items():
+        for tensor, shape in layout.shapes().items():
+            declared[f"{name}.experts.{tensor}"] = TensorSpec(shape, declared[weights[name]].dtype)
 
 
 def output_dtype(dtype: torch.dtype, config: SmileConfig) -> torch.dtype:
@@ -110,17 +132,19 @@ def kind(module: str) -> str:
     return re.split(r"\.\d+\.", module, maxsplit=1)[-1]
 
 
-def _choose(found: Sequence[Linear], config: SmileConfig) -> list[Linear]:
-    wanted = [n for n in found if config.lm_head or not n.head]
-    chosen = [
-        n
-        for n in wanted
-        if (not config.include or any(fnmatchcase(n.name, glob) for glob in config.include))
-        and not any(fnmatchcase(n.name, glob) for glob in config.exclude)
-    ]
-    if not wanted:
+def _choose(found: Skeleton, config: SmileConfig) -> tuple[list[Linear], list[Norm]]:
+    everything = config.rest == "experts"
+    linears = [n for n in found.linears if everything or config.lm_head or not n.head]
+    if not linears:
         raise PlanError("no linear layer found in the decoder blocks of this architecture")
+    wanted = [*found.embeddings, *linears] if everything else linears
+    chosen = [n for n in wanted if _matches(n.name, config)]
     if not chosen:
         kinds = ", ".join(sorted({f"*.{kind(n.name)}" for n in wanted}))
-        raise PlanError(f"--include and --exclude leave nothing to upscale; the model's linears are {kinds}")
-    return chosen
+        raise PlanError(f"--include and --exclude leave nothing to upscale; the model's modules are {kinds}")
+    return chosen, [n for n in found.norms if everything and _matches(n.name, config)]
+
+
+def _matches(name: str, config: SmileConfig) -> bool:
+    included = not config.include or any(fnmatchcase(name, glob) for glob in config.include)
+    return included and not any(fnmatchcase(name, glob) for glob in config.exclude)

@@ -1,33 +1,37 @@
-"""A model's structure without its weights: which of its modules are linear maps, and which tensors they hold."""
+"""A model's structure without its weights: which of its modules can take experts, and which tensors they hold."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from upscale.errors import PlanError
+from upscale.runtime.mixture_upscaled import EMBEDDING, LINEAR
+from upscale.runtime.routing_upscaled import in_block
 from zoo import Checkpoint
 from zoo.preflight import parameters
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear module of a model.
+    """A linear map of a model: a linear module, or its input embedding, which maps the other way.
 
     Attributes:
         name: module name in the causal LM, e.g. ``model.layers.0.self_attn.q_proj``.
         weight: its weight's tensor in the checkpoint (the embedding's, for a tied head).
         bias: its bias's tensor in the checkpoint, or None.
-        in_features: i.
-        out_features: o.
+        in_features: i; of an embedding [V, d], d.
+        out_features: o; of an embedding, V.
         transposed: the tensor is stored [i, o] (Conv1D) instead of [o, i].
         head: it is the output head, not part of a decoder block.
+        kind: "linear" or "embedding".
     """
 
     name: str
@@ -37,13 +41,47 @@ class Linear:
     out_features: int
     transposed: bool
     head: bool
+    kind: str = LINEAR
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm: ``(offset + weight) * n(x) + bias`` for some n without parameters.
+
+    Attributes:
+        name: module name in the causal LM.
+        weight: its weight's tensor in the checkpoint.
+        bias: its bias's tensor in the checkpoint, or None.
+        width: number of features.
+        offset: 0, or 1 where the weight is stored as a difference from 1 (Gemma's).
+    """
+
+    name: str
+    weight: str
+    bias: str | None
+    width: int
+    offset: float
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What can take experts, in the model's order: embeddings, the input's first; linears, the head too; norms."""
+
+    embeddings: Sequence[Linear]
+    linears: Sequence[Linear]
+    norms: Sequence[Norm]
 
 
 def linears(checkpoint: Checkpoint) -> list[Linear]:
-    """The linears of the decoder blocks and the output head, in the model's order, found by building it on ``meta``.
+    """The linears of ``skeleton(checkpoint)``."""
+    return list(skeleton(checkpoint).linears)
 
-    Structure decides, not names: a linear counts if it is an ``nn.Linear`` or ``Conv1D`` that lies in a module list,
-    or is what ``get_output_embeddings`` returns.
+
+def skeleton(checkpoint: Checkpoint) -> Skeleton:
+    """The modules of a checkpoint's causal LM that can take experts, found by building it on ``meta``.
+
+    Structure decides, not names. A linear counts if it is an ``nn.Linear`` or ``Conv1D`` that lies in a module list, or
+    is what ``get_output_embeddings`` returns. A norm is what behaves like one when it is run.
 
     Raises:
         PlanError: transformers knows no causal LM for this configuration, or the checkpoint lacks tensors of it.
@@ -51,12 +89,16 @@ def linears(checkpoint: Checkpoint) -> list[Linear]:
     model = _on_meta(checkpoint.config)
     names = _stored_names(checkpoint, model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    found, absent = [], []
+    found, norms, absent, embeddings = [], [], [], []
     for name, module in model.named_modules():
-        in_block = any(part.isdigit() for part in name.split("."))
-        if not isinstance(module, nn.Linear | Conv1D) or not (in_block or module is head):
+        weight, bias = names.get(f"{name}.weight"), names.get(f"{name}.bias")
+        if weight is not None and (module is embedding or type(module) is nn.Embedding):  # of tokens, of positions
+            rows, width = checkpoint.tensors[weight].shape
+            embeddings.append(Linear(name, weight, None, width, rows, transposed=False, head=False, kind=EMBEDDING))
+        if weight is not None and (offset := _norm_offset(module)) is not None:
+            norms.append(Norm(name, weight, bias, checkpoint.tensors[weight].shape[0], offset))
+        if not isinstance(module, nn.Linear | Conv1D) or not (in_block(name) or module is head):
             continue
-        weight = names.get(f"{name}.weight")
         if weight is None and module is head and module.weight is embedding.weight:  # tied
             weight = names.get(next(f"{n}.weight" for n, m in model.named_modules() if m is embedding))
         if weight is None:
@@ -65,13 +107,40 @@ def linears(checkpoint: Checkpoint) -> list[Linear]:
         transposed = isinstance(module, Conv1D)
         shape = checkpoint.tensors[weight].shape
         o, i = reversed(shape) if transposed else shape
-        found.append(Linear(name, weight, names.get(f"{name}.bias"), i, o, transposed, module is head))
+        found.append(Linear(name, weight, bias, i, o, transposed, module is head))
     if absent:
         raise PlanError(
             f"{checkpoint.path}: no tensor for {len(absent)} linears of the architecture, e.g. {absent[0]}; "
             "the checkpoint is incomplete, or stores them in a way that is not read"
         )
-    return found
+    return Skeleton(embeddings, found, norms)
+
+
+def _norm_offset(module: nn.Module) -> float | None:
+    """The offset of a norm's weight, found by running the module; None for what is no norm."""
+    held = dict(module.named_parameters())
+    if not held.keys() <= {"weight", "bias"} or any(p.ndim != 1 for p in held.values()) or "weight" not in held:
+        return None
+    if next(module.buffers(), None) is not None:
+        return None
+    probe = copy.deepcopy(module).to_empty(device="cpu").float().eval()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, probe.weight.shape[0], generator=generator)
+    weight, bias = torch.randn(2, probe.weight.shape[0], generator=generator)
+
+    def run(weight: Tensor, bias: Tensor) -> Tensor:
+        given = {"weight": weight.expand_as(probe.weight), "bias": bias.expand_as(probe.weight)}
+        return torch.func.functional_call(probe, {name: given[name] for name in held}, (x,))
+
+    try:
+        zero, one = (run(torch.tensor(value), torch.zeros(())) for value in (0.0, 1.0))
+        normed = one - zero
+        offset = 1.0 if torch.allclose(zero, normed, atol=1e-5) else 0.0
+        expected = (offset + weight) * normed + (bias if "bias" in held else 0.0)
+        is_norm = normed.any() and torch.allclose(run(weight, bias), expected, atol=1e-4)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # it needs more than one input
+        return None
+    return offset if is_norm else None
 
 
 def _stored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:

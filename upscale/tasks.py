@@ -1,41 +1,59 @@
-"""Evaluation tasks: JSON Lines files with a prompt and the completion that is right."""
+"""Evaluation tasks: JSON Lines files of one kind of row each."""
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from upscale.errors import TaskError
 
-# How an answer is scored against the completion: 0 or 1.
-METRICS: dict[str, Callable[[str, str], float]] = {
-    "exact_match": lambda answer, right: float(answer.strip() == right.strip()),
-    "contains": lambda answer, right: float(right.strip() in answer),
+# What a row of each kind looks like. The first field of the list that a file's first row has decides the file's kind.
+KINDS = {
+    "completion": ("generation", '{"prompt": "...", "completion": "..."}'),
+    "choices": ("choice", '{"prompt": "...", "choices": ["...", "..."], "answer": 0}, the answer an index or a choice'),
+    "label": ("label", '{"prompt": "...", "label": "..."}'),
+    "text": ("text", '{"text": "..."}'),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and its right completion."""
+    """One row of any kind.
+
+    Attributes:
+        prompt: what the model is given; empty in a row of kind "text".
+        completion: what is right to follow it: the completion, the right choice or label, or the text.
+        choices: what it is chosen from: a row's choices, or all labels of the task in order.
+    """
 
     prompt: str
     completion: str
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Task:
-    """A named list of rows."""
+    """A named list of rows of one kind: "generation", "choice", "label" or "text"."""
 
     name: str
     rows: Sequence[Row]
+    kind: str = "generation"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that the task is made of."""
+        content = json.dumps([self.name, self.kind, [asdict(row) for row in self.rows]])
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def load_tasks(paths: Iterable[str | Path], limit: int | None = None) -> list[Task]:
     """Tasks from files, or from all ``*.jsonl`` files of directories, named after the files.
 
     Args:
-        paths: ``.jsonl`` files with ``prompt`` and ``completion`` in each line, or directories of them.
-        limit: take only the first rows of each.
+        paths: ``.jsonl`` files with a row of ``KINDS`` in each line, or directories of them.
+        limit: take only the first rows of each. A task's labels are those of the whole file.
 
     Raises:
         TaskError: nothing found, two tasks of one name, or a line that is no such row; names file and line.
@@ -48,29 +66,62 @@ def load_tasks(paths: Iterable[str | Path], limit: int | None = None) -> list[Ta
         files += found
     if not files:
         raise TaskError("no tasks: give --tasks with a .jsonl file or a directory of them")
-    tasks = [Task(file.stem, _rows(file)[:limit]) for file in files]
+    tasks = [_task(file, limit) for file in files]
     names = [task.name for task in tasks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise TaskError(f"two tasks are named {twice[0]}; rename one file")
     return tasks
 
 
-def _rows(file: Path) -> list[Row]:
+def _task(file: Path, limit: int | None) -> Task:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may hold its other breaks
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{file}: cannot be read: {error}") from error
-    rows = []
+    field, rows = None, []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            rows.append(Row(row["prompt"], row["completion"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise TaskError(f'{file}:{number}: not a row like {{"prompt": "...", "completion": "..."}}') from error
-        if not (isinstance(rows[-1].prompt, str) and isinstance(rows[-1].completion, str)):
-            raise TaskError(f"{file}:{number}: prompt and completion must be strings")
-    if not rows:
+            content = json.loads(line)
+            if not isinstance(content, Mapping):
+                raise ValueError(line)
+            field = field or next(name for name in KINDS if name in content)
+            rows.append(_row(content, field))
+        except (ValueError, KeyError, StopIteration) as error:
+            wanted = " or ".join(shape for _, shape in KINDS.values()) if field is None else KINDS[field][1]
+            raise TaskError(f"{file}:{number}: not a row like {wanted}") from error
+        except TaskError as error:
+            raise TaskError(f"{file}:{number}: {error}") from error
+    if field is None:
         raise TaskError(f"{file}: no rows")
-    return rows
+    if field == "label":
+        labels = tuple(sorted({row.completion for row in rows}))
+        if len(labels) == 1:
+            raise TaskError(f"{file}: all rows have the label {labels[0]!r}; a label task has at least two")
+        rows = [Row(row.prompt, row.completion, labels) for row in rows]
+    return Task(file.stem, rows[:limit], KINDS[field][0])
+
+
+def _row(content: Mapping[str, Any], field: str) -> Row:
+    """Raises KeyError for a missing field, TaskError for a wrong value."""
+    prompt = "" if field == "text" else content["prompt"]
+    right = content["answer"] if field == "choices" else content[field]
+    choices = _choices(content["choices"]) if field == "choices" else ()
+    if choices and type(right) is int and 0 <= right < len(choices):
+        right = choices[right]
+    if choices and right not in choices:
+        raise TaskError(f"answer {right!r} is neither one of the choices nor an index from 0 to {len(choices) - 1}")
+    if not (isinstance(prompt, str) and isinstance(right, str)):
+        raise TaskError(" and ".join(["prompt"] * (field != "text") + [field]) + " must be strings")
+    if not right and field in ("label", "text"):
+        raise TaskError(f"{field} is empty")
+    return Row(prompt, right, choices)
+
+
+def _choices(listed: Any) -> tuple[str, ...]:
+    if not isinstance(listed, list) or not all(isinstance(choice, str) and choice for choice in listed):
+        raise TaskError("choices must be a list of strings, none of them empty")
+    if len(set(listed)) < max(2, len(listed)):
+        raise TaskError("choices must be at least two, and differ")
+    return tuple(listed)

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from upscale.errors import LoadError
 from upscale.loading import load, load_tokenizer
-from upscale.modeling_upscaled import UpscaledModel
+from upscale.runtime.modeling_upscaled import UpscaledModel
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Routing of one text.
+    """Routing of the tokens of one text, or of the last tokens of many prompts.
 
     Attributes:
-        tokens: the text's tokens, decoded one by one.
+        tokens: the text's tokens, decoded one by one; or the prompts.
         experts: names, the columns of every tensor below.
         modules: by upscaled linear, weights [T, E] float32.
     """

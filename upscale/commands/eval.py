@@ -1,10 +1,11 @@
 """`upscale eval`: score models on tasks."""
 
-import json
 import os
 from pathlib import Path
 
 import click
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from upscale.commands.display import console, progress_bar, quiet_libraries
@@ -30,59 +31,81 @@ def _is_tasks(text: str) -> bool:
 
 
 @click.command(name="eval", cls=_ManyTasks)
-@click.argument("models", nargs=-1, required=True, metavar="[NAME=]MODEL...")
+@click.argument("models", nargs=-1, metavar="[NAME=]MODEL...")
 @click.option(
     "--tasks", multiple=True, required=True, metavar="FILE_OR_DIR...", help=".jsonl tasks, or directories of them."
 )
+@click.option(
+    "--group", metavar="GROUP", help="Add the base, every expert, their average, task arithmetic and TIES of a group."
+)
 @settings(EvalConfig)
-@click.option("--json", "json_file", metavar="FILE", help="Write the results to this file too.")
-def evaluate(models: tuple[str, ...], tasks: tuple[str, ...], json_file: str | None, **options) -> None:
-    """Score MODELs on tasks: one .jsonl file a task, rows of prompt and completion, greedy answers.
+@click.option("--json", "json_file", metavar="FILE", help="Keep results here; what is there is not computed again.")
+@click.option("--markdown", "markdown_file", metavar="FILE", help="Write the table as Markdown.")
+@click.option("--html", "html_file", metavar="FILE", help="Write a report with plots, one page that fetches nothing.")
+def evaluate(
+    models: tuple[str, ...],
+    tasks: tuple[str, ...],
+    group: str | None,
+    json_file: str | None,
+    markdown_file: str | None,
+    html_file: str | None,
+    **options,
+) -> None:
+    """Score MODELs on tasks, one .jsonl file a task, with intervals, retention, routing, size and speed.
 
-    A MODEL is a directory, a Hub id, or with --engine URL the name that the server gives it.
+    A MODEL is a directory, a Hub id, or with --engine URL the name that the server gives it. A task's rows decide how
+    it is scored: {"prompt", "completion"} by a greedy answer; {"prompt", "choices", "answer"} and {"prompt", "label"}
+    by the likeliest choice or label; {"text"} by perplexity.
 
     \b
     Examples:
       upscale eval base=base smile=out --tasks tasks/
-      upscale eval smile=out --tasks tasks/ --expert auto --json scores.json
+      upscale eval smile=out --group group.yaml --oracle --tasks tasks/ --json scores.json --html scores.html
       upscale eval out --tasks dates.jsonl --engine vllm --prompt-template '{prompt}\\n'
       upscale eval out --tasks tasks/ --engine http://127.0.0.1:8000 --chat
     """
     from upscale.evaluation import evaluate as run
-    from upscale.evaluation import to_json
+    from upscale.score_page import to_html
+    from upscale.score_plots import require_matplotlib
+    from upscale.scoreboard import to_markdown
     from upscale.tasks import load_tasks
 
     config = EvalConfig(**options)
     loaded = load_tasks(tasks, config.limit)
     named = _named(models)
-    if json_file is not None and (
-        Path(json_file).is_dir() or not os.access(Path(json_file).absolute().parent, os.W_OK)
-    ):
-        raise TaskError(f"--json {json_file}: no file can be written there")
+    for flag, file in (("--markdown", markdown_file), ("--html", html_file)):
+        if file is not None and (Path(file).is_dir() or not os.access(Path(file).absolute().parent, os.W_OK)):
+            raise TaskError(f"{flag} {file}: no file can be written there")
+    if html_file is not None:
+        require_matplotlib("--html")
     quiet_libraries()
     with progress_bar("evaluating") as progress:
-        results = run(named, loaded, config, progress=progress)
+        results = run(named, loaded, config, group=group, file=json_file, progress=progress)
     show(results)
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps(to_json(results), indent=2) + "\n")
+    if markdown_file is not None:
+        Path(markdown_file).write_text(to_markdown(results), encoding="utf-8")
+    if html_file is not None:
+        Path(html_file).write_text(to_html(results, config), encoding="utf-8")
 
 
 def show(results) -> None:
-    """Print results as a table: a row a model, a column a task."""
-    tasks = list(dict.fromkeys(result.task for result in results))
-    table = Table(title=f"{results[0].metric}, greedy, {results[0].engine}", title_justify="left")
-    table.add_column("model")
-    for task in tasks:
-        table.add_column(f"{task}\nn={next(r.n for r in results if r.task == task)}", justify="right")
-    table.add_column("mean", justify="right")
-    table.add_column("seconds", justify="right")
-    for model in dict.fromkeys(result.model for result in results):
-        rows = [result for result in results if result.model == model]
-        scores = {result.task: result.score for result in rows}
-        mean = sum(scores.values()) / len(scores)
-        cells = [f"{scores[task]:.3f}" if task in scores else "" for task in tasks]
-        table.add_row(model, *cells, f"[bold]{mean:.3f}[/]", f"{sum(r.seconds for r in rows):.1f}")
-    console.print(table)
+    """Print results as two tables, a row a model: scores by task, and what each model costs."""
+    from upscale.scoreboard import overall_board, scores_board
+
+    for board in (scores_board(results), overall_board(results)):
+        title = f"{board.title}, {results[0].engine}"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        table.add_column(_lines(board.header[0]), min_width=12)
+        for cell in board.header[1:]:
+            table.add_column(_lines(cell), justify="right", no_wrap=True)
+        for row in board.rows:
+            table.add_row(*(_lines(cell) for cell in row))
+        console.print(table)
+        console.print(board.note, style="dim", highlight=False)
+
+
+def _lines(cell) -> str:
+    return f"{escape(cell.text)}\n[dim]{escape(cell.small)}[/]" if cell.small else escape(cell.text)
 
 
 def _named(models: tuple[str, ...]) -> dict[str, str]:

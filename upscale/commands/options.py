@@ -18,7 +18,7 @@ def settings(config: type) -> Callable[[Callable], Callable]:
             if field.name in config.CHOICES:  # type: ignore[attr-defined]
                 extra["type"] = click.Choice(config.CHOICES[field.name])  # type: ignore[attr-defined]
             elif not extra.get("is_flag") and not extra.get("multiple"):
-                extra["type"] = int if "int" in str(field.type) else str
+                extra["type"] = next((t for t in (int, float) if t.__name__ in str(field.type)), str)
             shown = not extra.get("is_flag") and field.default not in (None, ())
             flag = f"--{field.name.replace('_', '-')}"
             text = field.metadata["help"]

@@ -1,11 +1,12 @@
 """One file a method: what to store for one linear, given the experts' deltas of it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from upscale.modeling_upscaled import ModuleLayout
+from upscale.runtime.mixture_upscaled import ModuleLayout
+from upscale.skeleton import Linear
 
 
 class Method(Protocol):
@@ -17,12 +18,17 @@ class Method(Protocol):
         """The router's entry in ``config.json``."""
         ...
 
-    def largest(self, in_features: int, out_features: int, experts: int, bias: bool, config: Any) -> ModuleLayout:
-        """The largest layout that a linear of this shape can get."""
+    def largest(self, linear: Linear, ranks: Sequence[int]) -> ModuleLayout:
+        """The largest layout that a linear can get with these ranks of the experts."""
         ...
 
     def upscale_linear(
-        self, deltas: Iterable[tuple[str, Tensor]], bias_deltas: Mapping[str, Tensor] | None, config: Any
+        self,
+        linear: Linear,
+        deltas: Iterable[tuple[str, Tensor]],
+        bias_deltas: Mapping[str, Tensor] | None,
+        ranks: Sequence[int],
+        config: Any,
     ) -> Any:
         """The tensors and layout to store for one linear, or None to leave it plain."""
         ...

@@ -1,6 +1,6 @@
 """SMILE: zero-shot sparse mixture of low-rank experts (arXiv 2408.10174, section 4)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 from upscale.config import SmileConfig
 from upscale.errors import NonFiniteError
 from upscale.linalg import LowRank, factor
-from upscale.modeling_upscaled import ModuleLayout
+from upscale.runtime.mixture_upscaled import ModuleLayout
+from upscale.skeleton import Linear
 
 NAME: str = "smile"
 
@@ -31,24 +32,31 @@ class UpscaledLinear:
 
 def router(config: SmileConfig) -> dict:
     """The router's entry in ``config.json``."""
-    return {"type": "projection", "rank": config.router_rank, "top_k": config.top_k}
+    settings = {"type": "projection", "rank": config.router_rank, "top_k": config.top_k}
+    beyond = {"scope": config.scope, "granularity": config.granularity, "standardise": config.standardise}
+    return settings | {name: value for name, value in beyond.items() if value not in ("linear", "token", False)}
 
 
-def largest(in_features: int, out_features: int, experts: int, bias: bool, config: SmileConfig) -> ModuleLayout:
+def largest(linear: Linear, ranks: Sequence[int]) -> ModuleLayout:
     """The layout of a linear if every expert changed it: what to reserve before anything is read."""
-    rank = min(config.rank, in_features, out_features)
-    return ModuleLayout(in_features, out_features, (rank,) * experts, bias)
+    return ModuleLayout(linear.in_features, linear.out_features, tuple(ranks), linear.bias is not None, linear.kind)
 
 
 def upscale_linear(
-    deltas: Iterable[tuple[str, Tensor]], bias_deltas: Mapping[str, Tensor] | None, config: SmileConfig
+    linear: Linear,
+    deltas: Iterable[tuple[str, Tensor]],
+    bias_deltas: Mapping[str, Tensor] | None,
+    ranks: Sequence[int],
+    config: SmileConfig,
 ) -> UpscaledLinear | None:
     """Factor the experts' deltas of one linear, expert-major.
 
     Args:
+        linear: which one.
         deltas: (expert, its delta [o, i] float32), taken one at a time.
         bias_deltas: by expert, [o] float32; None if the linear has no bias.
-        config: rank, exact or sketched, seed.
+        ranks: of each expert, at most.
+        config: exact or sketched, seed.
 
     Returns:
         The tensors to store; None if no expert changed the linear, which then stays a plain one.
@@ -56,17 +64,20 @@ def upscale_linear(
     Raises:
         NonFiniteError: NaN or infinity in a delta.
     """
-    factors = {e: factor(delta, config.rank, exact=config.exact, seed=config.seed) for e, delta in deltas}
+    factors = {
+        expert: factor(delta, rank, exact=config.exact, seed=config.seed)
+        for (expert, delta), rank in zip(deltas, ranks, strict=True)
+    }
     bias = None if bias_deltas is None else torch.stack(list(bias_deltas.values()))
     if bias is not None and not torch.isfinite(bias).all():
         raise NonFiniteError("a bias delta has NaN or infinite values")
     if bias is not None and not bias.any():
         bias = None
-    ranks = tuple(f.down.shape[0] for f in factors.values())
-    if not any(ranks) and bias is None:
+    kept = tuple(f.down.shape[0] for f in factors.values())
+    if not any(kept) and bias is None:
         return None
     down = torch.cat([f.down for f in factors.values()])
     up = torch.cat([f.up for f in factors.values()], dim=1)
-    layout = ModuleLayout(down.shape[1], up.shape[0], ranks, bias is not None)
+    layout = ModuleLayout(down.shape[1], up.shape[0], kept, bias is not None, linear.kind)
     tensors = {"down": down, "up": up} | ({} if bias is None else {"bias": bias})
     return UpscaledLinear(layout, tensors, factors)

@@ -1,0 +1,59 @@
+"""Running means over each request's prefix, by an attention layer that weighs all tokens alike.
+
+With keys and queries of zero, attention averages its values; the engine's own key-value cache keeps the state, so that
+the means are exact under continuous batching, chunked prefill, prefix caching and preemption.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vllm.model_executor.layers.attention import Attention
+
+_DIGIT = 128  # positions are split into digits that 16-bit formats hold exactly
+
+
+class AttentionMean(nn.Module):
+    """The running mean of up to ``heads * size`` values, plain or decaying.
+
+    For a decaying mean, a token's score is its position times ``log(2) / half_life``: among the tokens of one softmax
+    only differences count, so that an older token has half the weight for every ``half_life`` tokens of age.
+    """
+
+    def __init__(self, like: Any, width: int, half_life: float | None, prefix: str):
+        super().__init__()
+        self.heads, self.size = like.num_kv_heads, like.head_size  # in the cache, one layer more of the same kind
+        if width > self.heads * self.size:
+            raise ValueError(f"{prefix}: {width} values do not fit the model's key-value heads")
+        self.width, self.half_life, self.scale = width, half_life, float(like.impl.scale)
+        self.attention = Attention(
+            self.heads, self.size, self.scale, num_kv_heads=self.heads, cache_config=None, prefix=prefix
+        )
+
+    def forward(self, values: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Means [T, C] in float32 of ``values`` [T, C] at ``positions`` [T]; the cache holds them in ``dtype``."""
+        padded = F.pad(values, (0, self.heads * self.size - self.width)).to(dtype)
+        query = key = torch.zeros_like(padded)
+        if self.half_life is not None:
+            digits = torch.stack([positions % _DIGIT, positions // _DIGIT % _DIGIT, positions // _DIGIT**2], dim=-1)
+            weights = digits.new_tensor([1, _DIGIT, _DIGIT**2]) * (0.6931471805599453 / self.half_life / self.scale)
+            key = self._in_every_head(digits.to(dtype))
+            query = self._in_every_head(weights.to(dtype).expand(len(positions), 3))
+        means = self.attention(query, key, padded)
+        return means[:, : self.width].float()
+
+    def _in_every_head(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, self.size - x.shape[-1])).repeat(1, self.heads)
+
+
+def attention_like(model: nn.Module) -> Any:
+    """An attention layer of the model to follow in shape: one over the full context where there is one.
+
+    Raises:
+        ValueError: the model has none, or of a kind that keeps no keys and values.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    if not layers:
+        raise ValueError("a router over the prefix needs a model with plain attention layers in vLLM")
+    return next((layer for layer in layers if layer.sliding_window is None), layers[0])

@@ -1,0 +1,278 @@
+"""Fit a checkpoint's calibrated router on a few prompts of each expert, in closed form, and write it into place."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from upscale.config import CalibrateConfig
+from upscale.errors import ConfigError, LoadError, TaskError
+from upscale.loading import load, load_tokenizer, locate, read_config
+from upscale.ridge import Fit, fit
+from upscale.runtime import runtime_files
+from upscale.runtime.mixture_upscaled import Layout
+from upscale.runtime.routing_upscaled import BASE
+from upscale.samples import Reader, Sample
+from zoo.amend import amend, content_key
+
+Progress = Callable[[int, int, str], None]  # texts done, texts in all, what is being done
+_NONE = {"type": "projection", "rank": 1, "top_k": 1}  # the router that is there counts for nothing, even if broken
+HELD_OUT = 4  # with texts that experts wrote themselves, one of so many is kept to judge the router by
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How well the router can do at one depth, on samples left out of the fit.
+
+    Attributes:
+        depth: 0 for the embeddings, n for what enters block n.
+        penalty: the ridge penalty chosen there.
+        loss: mean negative log-likelihood of the right class.
+        loss_error: its standard error.
+        accuracy: part of all places, at a prompt's end and in its answer, that go to the right class.
+        accuracy_error: its standard error over texts.
+    """
+
+    depth: int
+    penalty: float
+    loss: float
+    loss_error: float
+    accuracy: float
+    accuracy_error: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration found.
+
+    Attributes:
+        classes: experts, and "base" if the router has that class.
+        depth: chosen.
+        depths: all that were looked at.
+        accuracy: by class, part of its texts that go to it at their prompt's end when left out of the fit.
+        confidence: by class, mean probability of the class chosen there.
+        texts: by class, how many texts it was fitted on.
+        held_out: with self-written texts, accuracy by class on those that no fit saw; None otherwise.
+    """
+
+    classes: Sequence[str]
+    depth: int
+    depths: Sequence[Depth]
+    accuracy: Mapping[str, float]
+    confidence: Mapping[str, float]
+    texts: Mapping[str, int]
+    held_out: Mapping[str, float] | None
+
+
+def calibrate(
+    path: str | Path,
+    prompts: Mapping[str, Sequence[str]] | None,
+    config: CalibrateConfig | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Calibration:
+    """Give an upscaled checkpoint a router fitted on example prompts; no labels, no completions, no gradient steps.
+
+    Only the router's file and ``config.json`` change, all or nothing; the experts stay as they are.
+
+    Args:
+        path: directory of the checkpoint.
+        prompts: at least two of each expert, and perhaps of "base", text that is to go to no expert; without those the
+            base class is learnt from text that the base writes by itself. None: each expert writes its own.
+        config: settings; or give them as ``options``, e.g. ``chat=True``.
+        progress: called with (texts done, texts in all, what is being done).
+
+    Raises:
+        LoadError: not a directory of an upscaled model.
+        TaskError: experts without prompts, too few, or a prompt that does not fit the context.
+        ConfigError: a depth that the model has not; more experts per token than there are.
+        OutputError: the checkpoint cannot be written.
+    """
+    config = config or CalibrateConfig(**options)
+    directory, layout = _checkpoint(path)
+    classes = [*layout.experts, *([] if config.no_base else [BASE])]
+    if config.top_k > len(classes):
+        raise ConfigError(f"--top-k {config.top_k} is more than the router's {len(classes)} classes")
+    if prompts is not None:
+        _check(prompts, layout.experts)
+    model = load(directory, dtype=config.dtype, router=_NONE)
+    reader = Reader(model, load_tokenizer(directory, padding_side="left"), config)
+    seen, kept = _samples(reader, layout.experts, prompts, config, progress)
+    fits = {depth: _fit(seen, classes, depth) for depth in seen[0].means}
+    depths = [_judge(depth, found, seen, classes) for depth, found in fits.items()]
+    chosen = _choose(depths, config.depth)
+    found = fits[chosen]
+    if chosen == 0:  # what every token's embedding scores: all that routing needs, in any engine
+        values = {"table": reader.embeddings.float() @ found.weight.T, "bias": found.bias}
+    else:
+        values = {"weight": found.weight, "bias": found.bias}
+    router = {
+        "type": "calibrated",
+        "experts": len(layout.experts),
+        "size": reader.embeddings.shape[chosen > 0],
+        "depth": chosen,
+        "granularity": config.granularity,
+        "base": not config.no_base,
+        "top_k": config.top_k or None,
+        "half_life": config.half_life,
+    }
+    _write(directory, layout, router, values, prompts, config)
+    held_out = None if prompts is not None else _accuracy(kept, found, chosen, classes)
+    ends = torch.cat([found.left_out[rows][:1] for rows in _rows(seen)])
+    probability = ends.softmax(dim=-1).amax(dim=-1)
+    confidence = {c: _mean([float(p) for p, s in zip(probability, seen, strict=True) if s.name == c]) for c in classes}
+    texts = {c: sum(s.name == c for s in seen) for c in classes}
+    return Calibration(classes, chosen, depths, _left_out(seen, found, classes), confidence, texts, held_out)
+
+
+def _checkpoint(path: str | Path) -> tuple[Path, Layout]:
+    directory = Path(path)
+    if not directory.is_dir():
+        raise LoadError(f"{path}: not a directory; a model of the Hub must be downloaded first, to change its router")
+    section = read_config(locate(path)).get("upscale")
+    if section is None:
+        raise LoadError(f"{path}: a plain model, which has no router; give an upscaled one")
+    return directory, Layout.from_config(section)
+
+
+def _check(prompts: Mapping[str, Sequence[str]], experts: Sequence[str]) -> None:
+    if unknown := sorted(prompts.keys() - {*experts, BASE}):
+        raise TaskError(f"prompts for {unknown[0]}: no such expert; the model has {', '.join(experts)} and {BASE}")
+    if missing := [expert for expert in experts if expert not in prompts]:
+        raise TaskError(f"no prompts for {', '.join(missing)}: every expert needs some")
+    if few := [name for name, given in prompts.items() if len(given) < 2]:
+        raise TaskError(f"{len(prompts[few[0]])} prompt(s) for {few[0]}: at least 2 are needed, 4 to 16 are advised")
+
+
+def _samples(
+    reader: Reader,
+    experts: Sequence[str],
+    prompts: Mapping[str, Sequence[str]] | None,
+    config: CalibrateConfig,
+    progress: Progress | None,
+) -> tuple[list[Sample], list[Sample]]:
+    """Samples to fit on, and those held out of self-written ones."""
+    own = sum(len(prompts[e]) for e in experts) if prompts is not None else len(experts) * config.samples
+    total, done = own + (0 if config.no_base else config.samples), 0
+
+    def step(what: str) -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total, what)
+
+    seen, kept = [], []
+    for expert in experts:
+        if prompts is not None:
+            seen += reader.prompts(expert, prompts[expert], step)
+        else:
+            written = reader.written(expert, config.samples, step)
+            seen += [s for n, s in enumerate(written) if n % HELD_OUT]
+            kept += written[::HELD_OUT]
+    if not config.no_base:
+        given = None if prompts is None else prompts.get(BASE)
+        if given is not None:
+            seen += [reader.text(BASE, text) for text in given]
+        else:
+            written = reader.written(BASE, config.samples, step)
+            held = prompts is None
+            seen += [s for n, s in enumerate(written) if not held or n % HELD_OUT]
+            kept += written[::HELD_OUT] if held else []
+    return seen, kept
+
+
+def _rows(samples: Sequence[Sample]) -> list[slice]:
+    """The rows of each sample where all samples' rows lie one after the other."""
+    rows, start = [], 0
+    for sample in samples:
+        rows.append(slice(start, start + sample.length))
+        start += sample.length
+    return rows
+
+
+def _fit(samples: Sequence[Sample], classes: Sequence[str], depth: int) -> Fit:
+    labels = torch.tensor([classes.index(s.name) for s in samples for _ in range(s.length)])
+    groups = torch.tensor([n for n, s in enumerate(samples) for _ in range(s.length)])
+    fallback = len(classes) - 1 if classes[-1] == BASE and len(classes) > 1 else None
+    return fit(torch.cat([s.means[depth] for s in samples]), labels, groups, fallback=fallback)
+
+
+def _judge(depth: int, found: Fit, samples: Sequence[Sample], classes: Sequence[str]) -> Depth:
+    right = [
+        float((found.left_out[rows].argmax(dim=1) == classes.index(s.name)).float().mean())
+        for s, rows in _pairs(samples)
+    ]
+    n, accuracy = len(right), sum(right) / len(right)
+    smoothed = (sum(right) + 1) / (n + 2)  # of a perfect score the plain standard error would be 0
+    error = (smoothed * (1 - smoothed) / n) ** 0.5
+    return Depth(depth, found.penalty, found.loss, found.loss_error, accuracy, error)
+
+
+def _pairs(samples: Sequence[Sample]):
+    return zip(samples, _rows(samples), strict=True)
+
+
+def _choose(depths: Sequence[Depth], wanted: int | None) -> int:
+    """The first depth whose accuracy is within a standard error of the best: layers before it are not routed."""
+    if wanted is not None:
+        if wanted not in (known := [d.depth for d in depths]):
+            raise ConfigError(f"--depth {wanted}: the model has depths {known[0]} to {known[-1]}")
+        return wanted
+    best = max(depths, key=lambda d: d.accuracy)
+    return next(d.depth for d in depths if d.accuracy >= best.accuracy - best.accuracy_error)
+
+
+def _left_out(samples: Sequence[Sample], found: Fit, classes: Sequence[str]) -> dict[str, float]:
+    right: dict[str, list[float]] = {c: [] for c in classes}
+    for sample, rows in _pairs(samples):
+        right[sample.name].append(float(found.left_out[rows][0].argmax() == classes.index(sample.name)))
+    return {c: _mean(values) for c, values in right.items()}
+
+
+def _accuracy(samples: Sequence[Sample], found: Fit, depth: int, classes: Sequence[str]) -> dict[str, float]:
+    right: dict[str, list[float]] = {c: [] for c in classes}
+    for s in samples:
+        scores = found.weight @ s.means[depth][0].float() + found.bias
+        right[s.name].append(float(scores.argmax() == classes.index(s.name)))
+    return {c: _mean(values) for c, values in right.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _write(
+    directory: Path,
+    layout: Layout,
+    router: dict,
+    values: Mapping[str, Tensor],
+    prompts: Mapping[str, Sequence[str]] | None,
+    config: CalibrateConfig,
+) -> None:
+    values = {name: value.contiguous() for name, value in values.items()}
+    # Names that change with the values: config.json, renamed into place last, decides which file counts.
+    names = f"router.{content_key(values)}"
+    fields = read_config(directory)
+    fields["upscale"] = Layout(layout.method, layout.experts, {**router, "tensors": names}, layout.modules).to_config()
+    recipe = directory / "upscale.yaml"
+    made = yaml.safe_load(recipe.read_text()) if recipe.is_file() else {}
+    digests = {
+        name: hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] for name, texts in (prompts or {}).items()
+    }
+    made["router"] = {"calibrated": config.to_recipe(), "prompts": digests or "written by the experts"}
+    files = {
+        **{name: file.read_bytes() for name, file in runtime_files().items()},
+        "upscale.yaml": yaml.safe_dump(made, sort_keys=False).encode(),
+    }
+    amend(directory, "router", {f"{names}.{n}": value for n, value in values.items()}, fields, files)
+
+
+def to_json(found: Calibration) -> dict:
+    """Plain values."""
+    return asdict(found)

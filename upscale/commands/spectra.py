@@ -1,0 +1,210 @@
+"""`upscale spectra`: what the experts' deltas look like, before a rank or a budget is chosen."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from upscale.commands.display import console, progress_bar, quiet_libraries, shade, size
+from upscale.commands.options import group_and_rest, inline_group
+from upscale.errors import ConfigError
+
+RANKS = (8, 16, 32, 64, 128)
+ENERGIES = (0.9, 0.95, 0.99)
+
+
+@click.command()
+@click.argument("paths", nargs=-1, metavar="[GROUP]")
+@inline_group
+@click.option(
+    "--rank",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="R",
+    help="Rank of the picture's heat maps, and one of the table's.",
+)
+@click.option("--plot", metavar="FILE", help="Draw them too: a .png or .svg file.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the figures to this file too.")
+@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda ...")
+def spectra(
+    paths: tuple[str, ...],
+    base: str | None,
+    experts: tuple[str, ...],
+    rank: int,
+    plot: str | None,
+    json_file: str | None,
+    device: str,
+) -> None:
+    """Show how low-rank the deltas of GROUP's experts are, how alike, and what keeping them takes.
+
+    Computes every singular value of every delta, once; the user's cache keeps them for `upscale smile --budget` and
+    --energy. Decides nothing.
+
+    \b
+    Examples:
+      upscale spectra group.yaml
+      upscale spectra group.yaml --plot spectra.png --rank 32
+      upscale spectra --base base --expert math=ft-math --expert code=ft-code --json spectra.json --device cuda
+    """
+    import zoo
+    from upscale.config import SmileConfig
+    from upscale.methods import smile as method
+    from upscale.plan import make_plan
+    from upscale.plots import check_drawing, draw
+    from upscale.spectra import spectra as compute
+
+    if plot is not None:
+        check_drawing(Path(plot))
+    for option, file in (("--plot", plot), ("--json", json_file)):
+        _check_writable(option, file)
+    group, _ = group_and_rest(paths, base, experts, rest=0)
+    quiet_libraries()
+    verdict = zoo.check(group)
+    # What `upscale smile` makes of the group by default, and with the least of it.
+    plans = {rest: make_plan(verdict, method, SmileConfig(rest=rest, device=device)) for rest in ("experts", "base")}
+    with progress_bar("spectra") as progress:
+        found = compute(verdict, plans["experts"].linears, device=device, progress=progress)
+    ranks = sorted({*RANKS, rank})
+    sizes = {rest: _sizes(plan, found) for rest, plan in plans.items()}
+    _show_energy(found, ranks)
+    _show_ranks(found)
+    _show_overlap(found)
+    _show_sizes(sizes, plans["experts"].base_bytes)
+    if json_file is not None:
+        content = _to_json(found, ranks, sizes, plans["experts"].base_bytes)
+        Path(json_file).write_text(json.dumps(content, indent=1) + "\n")
+    if plot is not None:
+        draw(found, Path(plot), rank=rank)
+        console.print(f"[green]drew[/] {escape(plot)}", highlight=False, soft_wrap=True)
+
+
+def _check_writable(option: str, file: str | None) -> None:
+    if file is not None and (Path(file).is_dir() or not os.access(Path(file).absolute().parent, os.W_OK)):
+        raise ConfigError(f"{option} {file}: no file can be written there")
+
+
+def _sizes(plan, found) -> dict[float, int]:
+    """Bytes of the result by the energy that every expert keeps in the plan's modules."""
+    from upscale.budget import nbytes, sizes_for
+
+    cost = {n.name: (n.in_features + n.out_features) * plan.declared[n.weight].dtype.itemsize for n in plan.linears}
+    planned = {n.name: dict(zip(plan.experts, plan.layouts[n.name].ranks, strict=True)) for n in plan.linears}
+    fixed = plan.result_bytes - nbytes(planned, cost)
+    part = found.of(n.name for n in plan.linears)
+    return {energy: fixed + factors for energy, factors in sizes_for(part.values, cost, ENERGIES).items()}
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table whose first column is names, the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def _mean_energy(found, expert: str, rank: int) -> float:
+    """Mean over modules: of all energy together, an output head can be most."""
+    kept = [by_expert[expert] for by_expert in found.energy_at(rank).values()]
+    return sum(kept) / len(kept)
+
+
+def _show_energy(found, ranks: list[int]) -> None:
+    table = _table(
+        "Energy kept at one rank, mean over modules", "expert", "delta's norm", *(f"rank {r}" for r in ranks)
+    )
+    for expert in found.experts:
+        norm = math.hypot(*(norms[expert] for norms in found.norms.values()))
+        kept = [_mean_energy(found, expert, rank) for rank in ranks]
+        table.add_row(expert, f"{norm:.4g}", *(shade(value, f"{value:.1%}") for value in kept))
+    console.print(table)
+
+
+def _show_ranks(found) -> None:
+    from upscale.plan import kind
+
+    table = _table(
+        "Rank for an energy: mean over blocks and experts (largest)",
+        "kind",
+        "modules",
+        "full rank",
+        *(f"{energy:.0%}" for energy in ENERGIES),
+    )
+    wanted = [found.rank_for(energy) for energy in ENERGIES]
+    for name in dict.fromkeys(map(kind, found.values)):
+        modules = [module for module in found.values if kind(module) == name]
+        full = max(len(values) for module in modules for values in found.values[module].values())
+        cells = []
+        for by_module in wanted:
+            ranks = [rank for module in modules for rank in by_module[module].values()]
+            cells.append(f"{sum(ranks) / len(ranks):.0f} ({max(ranks)})")
+        table.add_row(name, str(len(modules)), str(full), *cells)
+    console.print(table)
+
+
+def _show_overlap(found) -> None:
+    from upscale.spectra import OVERLAP_RANK
+
+    if len(found.experts) == 1:
+        return
+    rows = found.overlap().tolist()
+    others = [v for n, row in enumerate(rows) for m, v in enumerate(row) if n != m and not math.isnan(v)]
+    table = _table(f"Overlap of {OVERLAP_RANK} directions, {_chance(found):.2f} by chance", "expert", *found.experts)
+    for n, (expert, row) in enumerate(zip(found.experts, rows, strict=True)):
+        cells = ("" if n == m or math.isnan(v) else _blue(v / max(others), f"{v:.2f}") for m, v in enumerate(row))
+        table.add_row(expert, *cells)
+    console.print(table)
+
+
+def _chance(found) -> float:
+    return sum(found.chance.values()) / len(found.chance)
+
+
+def _blue(value: float, text: str) -> str:
+    """``text`` on a background the bluer, the nearer ``value`` is to 1."""
+    return f"[black on rgb({230 - int(150 * value)},{240 - int(90 * value)},255)] {text} [/]"
+
+
+def _show_sizes(sizes: dict[str, dict[float, int]], base_bytes: int) -> None:
+    table = _table(
+        f"Size for an energy of every expert; base: {size(base_bytes)}",
+        "energy",
+        "of all modules",
+        "of blocks alone (--rest base)",
+    )
+    for energy in ENERGIES:
+        cells = (f"{size(by_energy[energy])}  {by_energy[energy] / base_bytes:.2f}x" for by_energy in sizes.values())
+        table.add_row(f"{energy:.0%}", *cells)
+    console.print(table)
+
+
+def _to_json(found, ranks: list[int], sizes: dict[str, dict[float, int]], base_bytes: int) -> dict:
+    """Plain values: no singular values, which are many, but what follows from them. An overlap that is none is null."""
+    wanted = {energy: found.rank_for(energy) for energy in ENERGIES}
+    kept = {rank: found.energy_at(rank) for rank in ranks}
+    modules = {}
+    for name, norms in found.norms.items():
+        modules[name] = {
+            "norms": norms,
+            "energy": {e: {str(rank): kept[rank][name][e] for rank in ranks} for e in found.experts},
+            "rank_for": {str(energy): by_module[name] for energy, by_module in wanted.items()},
+            "overlap": _rows(found.overlaps[name]),
+        }
+    return {
+        "experts": list(found.experts),
+        "base_bytes": base_bytes,
+        "result_bytes": {rest: {str(e): n for e, n in by_energy.items()} for rest, by_energy in sizes.items()},
+        "energy": {e: {str(rank): _mean_energy(found, e, rank) for rank in ranks} for e in found.experts},
+        "overlap": _rows(found.overlap()),
+        "overlap_by_block": {name: _rows(matrix) for name, matrix in found.overlap_by_block().items()},
+        "overlap_by_chance": _chance(found),
+        "modules": modules,
+    }
+
+
+def _rows(matrix) -> list[list[float | None]]:
+    return [[None if math.isnan(value) else value for value in row] for row in matrix.tolist()]

@@ -1,0 +1,54 @@
+"""The rank of every module and expert: one for all, or from the spectra under a budget or for an energy."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from upscale.budget import for_energy, parse_budget, within_budget
+from upscale.config import SmileConfig
+from upscale.skeleton import Linear
+from upscale.spectra import spectra
+from zoo import TensorSpec, Verdict
+
+Progress = Callable[[int, int, str], None]  # done, in all, what is being done
+
+
+def choose_ranks(
+    verdict: Verdict,
+    linears: Sequence[Linear],
+    declared: Mapping[str, TensorSpec],
+    fixed: int,
+    config: SmileConfig,
+    progress: Progress | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """By module, the rank of each expert.
+
+    Args:
+        verdict: the group.
+        linears: the modules to upscale.
+        declared: the base's tensors as they are written.
+        fixed: bytes of everything but the factors: the base, and the deltas of norms and biases.
+        config: ``rank``, ``budget`` or ``energy``.
+        progress: called as spectra are computed.
+
+    Raises:
+        ConfigError: a budget that cannot be met; says the smallest that can.
+        NonFiniteError: NaN or infinity in a source.
+    """
+    experts = list(verdict.experts)
+    if config.budget is None and config.energy is None:
+        most = {n.name: min(config.rank, n.in_features, n.out_features) for n in linears}
+        return {name: (rank,) * len(experts) for name, rank in most.items()}
+    found = spectra(verdict, linears, device=config.device, progress=progress).of(n.name for n in linears)
+    cost = {n.name: (n.in_features + n.out_features) * declared[n.weight].dtype.itemsize for n in linears}
+    if config.energy is not None:
+        chosen = for_energy(found.values, cost, energy=config.energy)
+    else:
+        biases = sum(declared[n.bias].nbytes * len(experts) for n in linears if n.bias is not None)
+        base = sum(info.nbytes for info in verdict.base.tensors.values())
+        chosen = within_budget(
+            found.values,
+            cost,
+            budget=parse_budget(str(config.budget)),
+            base_bytes=base,
+            fixed_bytes=fixed + biases,
+        )
+    return {n.name: tuple(chosen[n.name][e] for e in experts) for n in linears}

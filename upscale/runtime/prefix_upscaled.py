@@ -1,0 +1,131 @@
+"""Running means over each sequence's prefix in transformers, with their state in the model's own key-value cache.
+
+There, beam search reorders it, assisted decoding crops it and batches are selected from it, like keys and values.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from .routing_upscaled import Router
+
+_CHUNK = 256  # tokens whose weights on all tokens before are held at once
+
+
+def running_mean(values: Tensor, mask: Tensor, tokens: int, half_life: float | None = None) -> Tensor:
+    """Means of ``values`` [B, S, C] over the tokens so far that ``mask`` [B, S] shows, for the last ``tokens`` of them.
+
+    With ``half_life`` a token counts half as much for every so many tokens that follow it. Returns [B, tokens, C] in
+    float32; a padding token before the first real one gets 0.
+    """
+    values, mask = values.float(), mask.float()
+    if half_life is None:
+        sums = (values * mask.unsqueeze(-1)).cumsum(dim=1)[:, -tokens:]
+        return sums / mask.cumsum(dim=1)[:, -tokens:].clamp_min(1.0).unsqueeze(-1)
+    position, length = mask.cumsum(dim=1), mask.shape[1]
+    means = []
+    for start in range(length - tokens, length, _CHUNK):
+        stop = min(start + _CHUNK, length)
+        age = position[:, start:stop, None] - position[:, None, :stop]  # [B, t, s], below 0 after the token itself
+        weight = torch.exp2(-age.clamp_min(0.0) / half_life) * mask[:, None, :stop]
+        weight = weight.tril(diagonal=start)
+        means.append(weight @ values[:, :stop] / weight.sum(dim=-1, keepdim=True).clamp_min(1e-30))
+    return torch.cat(means, dim=1)
+
+
+class _Site(DynamicLayer):
+    """A layer of the cache that holds the values of one place instead of keys and values."""
+
+    def __init__(self, site: str):
+        super().__init__()
+        self.site = site
+
+
+class Prefix:
+    """Gives a router its means: knows the mask and the cache of the pass that runs."""
+
+    def __init__(self, router: Router):
+        self.router = router
+        router.mean, router.whole = self.mean, self.whole
+        self.mask: Tensor | None = None
+        self.cache: Cache | None = None
+
+    def begin(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Pre-hook of the model: a pass begins."""
+        self.router.start()
+        if not self.router.sites:
+            return None
+        names = list(inspect.signature(model.forward).parameters)
+        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.mask, self.cache = _mask(given.get("attention_mask")), given.get("past_key_values")
+        if "past_key_values" not in names:
+            if given.get("use_cache", model.config.use_cache):
+                kwargs = {**kwargs, "use_cache": False}  # its cache cannot hold the means: each pass starts anew
+        elif self.cache is None and given.get("use_cache", getattr(model.config, "use_cache", False)):
+            self.cache = kwargs["past_key_values"] = DynamicCache(config=model.config)  # as the model itself would
+        return args, kwargs
+
+    def mean(self, site: str, values: Tensor) -> Tensor:
+        """Running means of ``values`` [B, T, C], or [T, C] of one sequence, over the prefix, cached tokens included."""
+        tokens = values.shape[-2]
+        seen = self._remember(site, values)
+        return self._means(seen, tokens).view(values.shape)
+
+    def whole(self, site: str, values: Tensor) -> Tensor:
+        """The mean of ``values`` over the prompt, for every token; what a cache holds already is the prompt's.
+
+        The prompt is what is given to an empty cache.
+        """
+        layer = None if self.cache is None else _layer(self.cache, site)
+        if layer is not None and layer.get_seq_length():
+            means = layer.values[:, 0, -1:]
+        else:
+            means = self._means(values if values.ndim == 3 else values.unsqueeze(0), 1)
+        means = means.expand(-1, values.shape[-2], -1)
+        self._remember(site, means)
+        return means.reshape(values.shape)
+
+    def _remember(self, site: str, values: Tensor) -> Tensor:
+        """Add [B, T, C] to the cache, if there is one; all tokens' values so far [B, S, C]."""
+        values = values if values.ndim == 3 else values.unsqueeze(0)
+        if self.cache is None:
+            return values
+        seen, _ = _layer(self.cache, site).update(values.unsqueeze(1), values.unsqueeze(1))
+        return seen.squeeze(1)
+
+    def _means(self, seen: Tensor, tokens: int) -> Tensor:
+        mask = torch.ones(seen.shape[:2], device=seen.device) if self.mask is None else self.mask
+        if mask.shape[1] != seen.shape[1]:
+            raise ValueError(
+                f"the attention mask covers {mask.shape[1]} tokens, the router has seen {seen.shape[1]}: "
+                "give the cache and the mask of the same sequences (static caches are not supported)"
+            )
+        return running_mean(seen, mask.to(seen.device), tokens, self.router.half_life)
+
+
+def _layer(cache: Cache, site: str) -> _Site:
+    for layer in cache.layers:
+        if isinstance(layer, _Site) and layer.site == site:
+            return layer
+    layer = _Site(site)
+    cache.layers.append(layer)
+    return layer
+
+
+def _mask(mask: Any) -> Tensor | None:
+    """[B, S] of tokens that count, from whatever form of mask the model was given."""
+    if isinstance(mask, Mapping):
+        mask = next(iter(mask.values()))
+    if mask is None or mask.ndim == 2:
+        return mask
+    last = mask[:, 0, -1]
+    return last if last.dtype == torch.bool else last > -1.0
+
+
+def follow(model: nn.Module, router: Router) -> None:
+    """Let the router know when a pass of ``model`` begins, and give it its means."""
+    model.register_forward_pre_hook(Prefix(router).begin, with_kwargs=True)
