@@ -30,8 +30,8 @@ style: install  ## ruff, pyright, import-linter
 	$(BIN)/lint-imports
 
 lock: $(VENV)/.done  ## pin requirements/cpu.txt anew
-	$(BIN)/uv pip compile -q pyproject.toml --extra cpu --extra eval --extra plot --group dev --excludes requirements/cpu-excludes.txt $(UVFLAGS) \
-		--no-annotate --no-header -o requirements/cpu.txt
+	$(BIN)/uv pip compile -q pyproject.toml --extra cpu --extra eval --extra plot --group dev \
+		--excludes requirements/cpu-excludes.txt $(UVFLAGS) --no-annotate --no-header -o requirements/cpu.txt
 
 clean:          ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -34,6 +34,19 @@ def register_config(config_class: type) -> None:
     _CONFIG_REGISTRY[config_class.model_type] = config_class
 
 
+def checked(hook: type | None, check: Callable[[Any], None]) -> type:
+    """``hook`` of an architecture on vLLM's configuration, after ``check`` of it."""
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    class Checked(hook or VerifyAndUpdateConfig):
+        @classmethod
+        def verify_and_update_config(cls, vllm_config: Any) -> None:
+            check(vllm_config)
+            super().verify_and_update_config(vllm_config)
+
+    return Checked
+
+
 def decide_requests() -> None:
     """Let requests be routed by their whole prompt as they come in; idempotent."""
     from vllm.v1.engine.input_processor import InputProcessor
@@ -53,21 +66,37 @@ def hand_over_weights(model: nn.Module, weights: Any) -> None:
 
     def get_model_state_cls() -> type:  # asked by the newer model runner
         from vllm.config import get_current_vllm_config
-        from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+        from vllm.v1.worker.gpu import model_states
 
+        resolve = getattr(model_states, "resolve_model_state_cls", _older_model_state)
         own = model.__dict__.pop("get_model_state_cls")
         try:
-            return model_state(resolve_model_state_cls(get_current_vllm_config(), model), weights)
+            return model_state(resolve(get_current_vllm_config(), model), weights)
         finally:
             model.__dict__["get_model_state_cls"] = own
 
     model.__dict__["get_model_state_cls"] = get_model_state_cls
 
 
+def _older_model_state(config: Any, model: Any) -> type:
+    """The state that 0.25.1 gives a decoder in its newer model runner, where no function says so."""
+    if hasattr(model, "get_model_state_cls"):
+        return model.get_model_state_cls()
+    if config.model_config.is_hybrid:
+        from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+        return MambaHybridModelState
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    return DefaultModelState
+
+
 def _wrap(owner: type, name: str, wrap: Callable) -> None:
     method = getattr(owner, name)
-    if not hasattr(method, "__wrapped__"):
-        setattr(owner, name, wrap(method))
+    if not hasattr(method, "upscale"):
+        wrapped = wrap(method)
+        wrapped.upscale = True
+        setattr(owner, name, wrapped)
 
 
 def renamed(model: nn.Module, name: str) -> str:

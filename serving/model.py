@@ -18,7 +18,8 @@ from serving.prefix import AttentionMean, attention_like
 from serving.prompts import PromptWeights, by_prompt, forced_expert
 from upscale.runtime.mixture_upscaled import EMBEDDING, LINEAR, EmbeddingExperts, Layout, NormExperts
 from upscale.runtime.modeling_upscaled import watch
-from upscale.runtime.routing_upscaled import Routing, make_router
+from upscale.runtime.routers_upscaled import make_router
+from upscale.runtime.routing_upscaled import Routing
 
 _OTHER_ROUTER = re.compile(r"router\.[0-9a-f]{8}\.")  # of a calibration that is being replaced
 Loaders = dict[str, list[tuple[str, Callable[[Tensor], str]]]]  # by tensor: (module, copies it and names the parameter)
@@ -50,10 +51,6 @@ class UpscaledModel(nn.Module):
 
     def _follow(self, located: dict[str, list[Part]], vllm_config: VllmConfig, prefix: str) -> None:
         """Give the router what it needs to decide: whole prompts, or means over prefixes and what it watches."""
-        if vllm_config.parallel_config.pipeline_parallel_size > 1 and self.router.shared:
-            raise ValueError(
-                "a router that decides for other layers does not work across pipeline stages; use tensor parallelism"
-            )
         if by_prompt(vllm_config.model_config.hf_config.upscale):
             tokens = vllm_config.scheduler_config.max_num_batched_tokens
             self.prompt_weights = PromptWeights(tokens, len(self.routing.experts))
@@ -70,8 +67,9 @@ class UpscaledModel(nn.Module):
         by_site = {site: mean for (site, _), mean in zip(sites, self.means, strict=True)}
         dtype = vllm_config.model_config.dtype
         self.router.mean = lambda site, values: by_site[site](values, self.router.positions, dtype)
-        embedding = next(m for m in self.modules() if isinstance(m, VocabParallelEmbedding))
-        watch(self, embedding, list(located), self.routing)
+        if self.router.shared:
+            embedding = next(m for m in self.modules() if isinstance(m, VocabParallelEmbedding))
+            watch(self, embedding, list(located), self.router)
 
     def _attach(self, located: dict[str, list[Part]], dtype) -> None:
         """Hang the experts on their modules and note how each of their tensors is loaded."""

@@ -8,8 +8,8 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from serving.compat import decide_requests, register_config
-    from serving.config import EngineConfig
+    from serving.compat import checked, decide_requests, register_config
+    from serving.config import EngineConfig, check
 
     register_config(EngineConfig)
     decide_requests()
@@ -17,5 +17,5 @@ def register() -> None:
         if architecture.startswith(PREFIX):
             continue
         ModelRegistry.register_model(PREFIX + architecture, f"serving.model:{PREFIX}{architecture}")
-        if architecture in MODELS_CONFIG_MAP:  # what vLLM sets up for the base's architecture holds for ours
-            MODELS_CONFIG_MAP[PREFIX + architecture] = MODELS_CONFIG_MAP[architecture]
+        # What vLLM sets up for the base's architecture holds for ours.
+        MODELS_CONFIG_MAP[PREFIX + architecture] = checked(MODELS_CONFIG_MAP.get(architecture), check)

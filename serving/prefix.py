@@ -15,7 +15,11 @@ _DIGIT = 128  # positions are split into digits that 16-bit formats hold exactly
 
 
 class AttentionMean(nn.Module):
-    """The running mean of up to ``heads * size`` values, plain or decaying.
+    """The running mean of as many values as the key-value heads hold, plain or decaying.
+
+    It is one attention layer more of the model's own kind, to the engine: it has the heads, the cache and, for a plain
+    mean, whose scores are all 0, even the cap of ``like``, so that kernels that are planned for the layers of one kind
+    together take it too.
 
     For a decaying mean, a token's score is its position times ``log(2) / half_life``: among the tokens of one softmax
     only differences count, so that an older token has half the weight for every ``half_life`` tokens of age.
@@ -23,28 +27,34 @@ class AttentionMean(nn.Module):
 
     def __init__(self, like: Any, width: int, half_life: float | None, prefix: str):
         super().__init__()
-        self.heads, self.size = like.num_kv_heads, like.head_size  # in the cache, one layer more of the same kind
-        if width > self.heads * self.size:
+        self.queries, self.keys, self.size = like.num_heads, like.num_kv_heads, like.head_size
+        if width > self.keys * self.size:
             raise ValueError(f"{prefix}: {width} values do not fit the model's key-value heads")
         self.width, self.half_life, self.scale = width, half_life, float(like.impl.scale)
         self.attention = Attention(
-            self.heads, self.size, self.scale, num_kv_heads=self.heads, cache_config=None, prefix=prefix
+            self.queries,
+            self.size,
+            self.scale,
+            num_kv_heads=self.keys,
+            cache_config=None,
+            logits_soft_cap=(getattr(like.impl, "logits_soft_cap", None) or None) if half_life is None else None,
+            prefix=prefix,
         )
 
     def forward(self, values: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """Means [T, C] in float32 of ``values`` [T, C] at ``positions`` [T]; the cache holds them in ``dtype``."""
-        padded = F.pad(values, (0, self.heads * self.size - self.width)).to(dtype)
-        query = key = torch.zeros_like(padded)
+        padded = F.pad(values, (0, self.keys * self.size - self.width)).to(dtype)
+        key, query = torch.zeros_like(padded), padded.new_zeros(len(positions), self.queries * self.size)
         if self.half_life is not None:
             digits = torch.stack([positions % _DIGIT, positions // _DIGIT % _DIGIT, positions // _DIGIT**2], dim=-1)
             weights = digits.new_tensor([1, _DIGIT, _DIGIT**2]) * (0.6931471805599453 / self.half_life / self.scale)
-            key = self._in_every_head(digits.to(dtype))
-            query = self._in_every_head(weights.to(dtype).expand(len(positions), 3))
-        means = self.attention(query, key, padded)
-        return means[:, : self.width].float()
+            key = self._in_every_head(digits.to(dtype), self.keys)
+            query = self._in_every_head(weights.to(dtype).expand(len(positions), 3), self.queries)
+        means = self.attention(query, key, padded).unflatten(-1, (self.keys, -1, self.size))
+        return means[:, :, 0].flatten(1)[:, : self.width].float()  # the queries of a key-value head agree
 
-    def _in_every_head(self, x: Tensor) -> Tensor:
-        return F.pad(x, (0, self.size - x.shape[-1])).repeat(1, self.heads)
+    def _in_every_head(self, x: Tensor, heads: int) -> Tensor:
+        return F.pad(x, (0, self.size - x.shape[-1])).repeat(1, heads)
 
 
 def attention_like(model: nn.Module) -> Any:

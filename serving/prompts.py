@@ -12,7 +12,8 @@ from upscale.loading import locate
 from upscale.runtime.mixture_upscaled import Layout
 from upscale.runtime.modeling_upscaled import stored_tensors
 from upscale.runtime.prefix_upscaled import running_mean
-from upscale.runtime.routing_upscaled import CalibratedRouter, Routing, make_router
+from upscale.runtime.routers_upscaled import CalibratedRouter, make_router
+from upscale.runtime.routing_upscaled import Routing
 
 KEY = "upscale"  # in a request's extra arguments, beside the user's own "expert"
 
@@ -35,12 +36,14 @@ class PromptGate:
                 router.get_parameter(name.removeprefix("router.")).data.copy_(read())
         self.router, self.routing = router, Routing(layout.experts, router)
 
-    def weights(self, tokens: Sequence[int], expert: str | None) -> list[float]:
+    def weights(self, tokens: Sequence[int], expert: Any) -> list[float]:
         """Weights [E] for a prompt, or of ``expert`` if the request names one.
 
         Raises:
-            ValueError: the model has no such expert.
+            ValueError: not a name, or the model has no such expert.
         """
+        if not isinstance(expert, str | None):
+            raise ValueError(f"expert must be one name, not {expert!r}")
         if (forced := self.routing.one_hot(expert)) is not None:
             return forced[0].tolist()
         scores = self.router.table[torch.tensor(tokens)].unsqueeze(0)
@@ -52,17 +55,33 @@ def decide(processor: Any, request: Any) -> Any:
     """Decide the routing of a request that an engine's input processor made; returns the request.
 
     Its cached prefix may be shared only by requests that are routed alike, so that the weights salt its hash.
+
+    Raises:
+        ValueError: the request names an expert that the model has not, or that it cannot be routed to alone; or it
+            comes as embeddings.
     """
     config = processor.vllm_config
     section = getattr(config.model_config.hf_config, KEY, None)
-    if request.sampling_params is None or not by_prompt(section) or forced_expert(config) is not None:
+    if request.sampling_params is None or section is None:
         return request
+    extra = request.sampling_params.extra_args or {}
+    wanted, forced = extra.get("expert"), forced_expert(config)
+    if forced is not None or not by_prompt(section):
+        if wanted not in (None, forced):
+            raise ValueError(
+                f"this engine routes every request to {forced}, not to {wanted}"
+                if forced is not None
+                else "an expert for one request needs a router that decides by prompt (upscale calibrate); "
+                "or start the engine for one expert (upscale serve --expert)"
+            )
+        return request
+    if request.prompt_embeds is not None:
+        raise ValueError("the router reads tokens: give a prompt as text or token ids, not as embeddings")
     if getattr(processor, "prompt_gate", None) is None:
         revision = config.model_config.revision
         model = config.model_config.model
         processor.prompt_gate = PromptGate(f"{model}@{revision}" if revision else model, section)
-    extra = request.sampling_params.extra_args or {}
-    weights = processor.prompt_gate.weights(request.prompt_token_ids, extra.get("expert"))
+    weights = processor.prompt_gate.weights(request.prompt_token_ids, wanted)
     request.sampling_params.extra_args = {**extra, KEY: weights}
     request.cache_salt = (request.cache_salt or "") + json.dumps(weights)
     return request
@@ -87,7 +106,7 @@ class PromptWeights:
         return extra.get(KEY, [0.0] * self.experts)
 
     def fill(self, rows: Tensor, counts: Tensor, total: int) -> None:
-        """Write each request's row [n, E] for as many tokens as it has in this step, ``counts`` [n], ``total`` in all."""
+        """Write each request's row [n, E] for all its tokens of this step, ``counts`` [n], ``total`` in all."""
         self.tensor[:total].copy_(rows.repeat_interleave(counts, dim=0, output_size=total), non_blocking=True)
 
 

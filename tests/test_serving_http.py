@@ -89,12 +89,23 @@ def test_chat_streams_what_transformers_answers(client, checkpoint):
 def test_eval_scores_the_same_in_every_engine(server, checkpoint):
     answers = in_transformers(checkpoint, PROMPTS[:8])
     wrong = [answer if n % 2 else "no such answer" for n, answer in enumerate(answers)]
-    task = Task("echo", [Row(p, c) for p, c in zip(PROMPTS, wrong, strict=False)])
-    scores = {}
+    tasks = [
+        Task("echo", [Row(p, c) for p, c in zip(PROMPTS, wrong, strict=False)]),
+        Task("rank", [Row(p, " no", (" yes", " no", " été")) for p in PROMPTS[:8]], "choice"),
+        Task("read", [Row("", p * n) for n, p in enumerate(PROMPTS[7:11], start=1)], "text"),
+    ]
+    found = {}
     for engine, model in (("transformers", checkpoint), ("vllm", checkpoint), (server, "smile")):
-        (result,) = upscale.evaluate({"m": model}, [task], engine=engine, max_new_tokens=TOKENS)
-        scores[engine] = result.score
-    assert scores == dict.fromkeys(scores, 0.5)
+        found[engine] = upscale.evaluate({"m": model}, tasks, engine=engine, max_new_tokens=TOKENS)
+    (echo, rank, read), *others = found.values()
+    assert echo.score == 0.5
+    for result in others:
+        assert [r.score for r in result[:2]] == [0.5, rank.score]
+        assert result[0].generated == echo.generated
+        for got, want in zip(result[1].rows, rank.rows, strict=True):
+            assert got["loglikelihoods"] == pytest.approx(want["loglikelihoods"], abs=1e-3)
+        assert [row["tokens"] for row in result[2].rows] == [row["tokens"] for row in read.rows]
+        assert result[2].score == pytest.approx(read.score, rel=1e-4)
 
 
 def test_plain_vllm_finds_the_plugin_and_forces_an_expert(checkpoint, tmp_path):

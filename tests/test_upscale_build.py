@@ -30,7 +30,7 @@ def tuned(architecture, root, **experts):
     return Group.of(base, made)
 
 
-def test_full_rank_of_one_expert_is_the_fine_tune(architecture, groups, builds):
+def test_full_rank_of_one_expert_is_the_fine_tune_where_the_rest_is_averaged(architecture, groups, builds):
     out, report = builds(architecture, 1, rank=FULL, rest="average", lm_head=True)
     model = load(out)
     close(logits(model), logits(plain(groups(architecture, 1).experts["e1"].resolve())))
@@ -40,7 +40,7 @@ def test_full_rank_of_one_expert_is_the_fine_tune(architecture, groups, builds):
 
 
 def test_each_forced_expert_of_full_rank_is_base_plus_its_linears(architecture, groups, builds):
-    out, _ = builds(architecture, 3, rank=FULL)
+    out, _ = builds(architecture, 3, rank=FULL, rest="base")
     model = load(out)
     base, experts = paths(groups(architecture, 3))
     for name, path in experts.items():
@@ -50,9 +50,10 @@ def test_each_forced_expert_of_full_rank_is_base_plus_its_linears(architecture, 
         assert torch.equal(logits(model), logits(plain(base)))
 
 
-def test_experts_that_equal_the_base_leave_it_alone(architecture, groups, tmp_path):
+@pytest.mark.parametrize("rest", ["experts", "average"])
+def test_experts_that_equal_the_base_leave_it_alone(architecture, groups, tmp_path, rest):
     base = groups(architecture, 3).base.resolve()
-    report = smile(Group.of(base, {"a": base, "b": base}), tmp_path / "out", rank=8, lm_head=True, rest="average")
+    report = smile(Group.of(base, {"a": base, "b": base}), tmp_path / "out", rank=8, lm_head=True, rest=rest)
     assert (report.modules, report.rest, report.energy) == ([], [], {})
     assert report.result_bytes == report.base_bytes
     model = load(tmp_path / "out")
@@ -70,7 +71,7 @@ def test_partial_changes_make_idle_experts(architecture, tmp_path):
         biases=lambda n: n in linears and ".1." in n and n.endswith("bias"),
         norms=lambda n: "norm" in n or "ln_" in n,
     )
-    report = smile(group, tmp_path / "out", rank=FULL)
+    report = smile(group, tmp_path / "out", rank=FULL, rest="base")
     model = load(tmp_path / "out")
     weights = {n.removesuffix(".weight") for n in linears if ".0." in n and n.endswith("weight")}
     biased = {n.removesuffix(".bias") for n in linears if ".1." in n and n.endswith("bias")}
@@ -116,7 +117,7 @@ def test_an_untied_or_tied_head_is_upscaled(architecture, groups, builds, rest):
     ids=str,
 )
 def test_include_and_exclude_choose_by_name(architecture, builds, options):
-    out, report = builds(architecture, 2, rank=4, router_rank=2, **options)
+    out, report = builds(architecture, 2, rank=4, router_rank=2, rest="base", **options)
     names = {n.removesuffix(".weight") for n in block_linears(architecture.model(0)) if n.endswith("weight")}
     assert {m.name for m in report.modules} == {name for name in names if ".0." in name}
     assert set(load(out).layout.modules) == {m.name for m in report.modules}

@@ -11,13 +11,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.reference import smile as reference
-from tests.reference.models import IDS, close, generate, hook_experts, logits, padded, plain, tensors
+from tests.reference.models import IDS, blended, blocks, close, generate, logits, padded, paths
 from upscale import load
 from upscale.config import SmileConfig
 from upscale.methods.smile import router, upscale_linear
 from upscale.runtime.mixture_upscaled import Layout
 from upscale.runtime.modeling_upscaled import inject
-from upscale.runtime.routing_upscaled import ROUTERS
+from upscale.runtime.routers_upscaled import ROUTERS, Router
+from upscale.skeleton import Linear
 
 I, O = 24, 18  # noqa: E741
 NAMES = ("a", "b", "c")
@@ -34,6 +35,9 @@ class Model(nn.Module):
 
     def forward(self, x):
         return self.linear(x)
+
+    def get_input_embeddings(self):
+        return None
 
 
 def randn(*shape, seed=0):
@@ -59,7 +63,9 @@ def make(config, weight_deltas, bias_deltas=None, conv=False, base_bias=True, dt
             linear.bias.copy_(b0)
     names = NAMES[: len(weight_deltas)]
     named_biases = None if bias_deltas is None else dict(zip(names, bias_deltas, strict=True))
-    upscaled = upscale_linear(zip(names, weight_deltas, strict=True), named_biases, config)
+    whole = Linear("linear", "linear.weight", "linear.bias", I, O, transposed=conv, head=False)
+    given = zip(names, weight_deltas, strict=True)
+    upscaled = upscale_linear(whole, given, named_biases, (config.rank,) * len(names), config)
     model = Model(linear).to(dtype)
     model.routing = inject(model, Layout("smile", names, router(config), {"linear": upscaled.layout}))
     with torch.no_grad():
@@ -230,45 +236,61 @@ def test_forcing_refuses_unknown_names_and_batches_that_do_not_fit():
     assert model.routing.one_hot(None) is None
     model.routing.forced = model.routing.one_hot(["a", "b", "c"])
     for shape in ((2, 3, I), (2, 6, I), (4, I)):  # 3 rows fit 6 tokens, but not 2 sequences
-        with pytest.raises(ValueError, match="3 rows of routing weights do not fit"):
+        with pytest.raises(ValueError, match="3 experts are forced, one per sequence; they do not fit"):
             model(randn(*shape))
 
 
-class Toy:
-    """A router that looks at three hidden features: for every block, or once for the model."""
+class Toy(Router):
+    """Looks at the tokens, once for the model; or at three hidden features of what enters each block but the first."""
 
     def __init__(self, scope):
+        super().__init__()
         self.scope, self.sharpness = scope, 4
 
-    def __call__(self, hidden, z=None, ranks=None):
-        assert z is None
-        assert ranks is None
-        return (self.sharpness * hidden[..., :3]).softmax(dim=-1)
+    def watches(self, depth):
+        return (depth == 0) == (self.scope == "model")
+
+    def read(self, tokens):
+        self.decided = (self.sharpness * torch.stack([tokens % n for n in (2, 3, 5)], dim=-1).float()).softmax(dim=-1)
+
+    def enter(self, depth, hidden):
+        self.decided = (self.sharpness * hidden[..., :3]).softmax(dim=-1)
+
+    def forward(self, name, z, ranks):
+        return self.decided
 
 
 @pytest.fixture(params=["block", "model"])
 def toy(request, architecture, builds, groups, monkeypatch, tmp_path):
-    """A checkpoint that names a router of this scope, loaded; and the base with the same mixture hooked in by hand."""
-    monkeypatch.setitem(ROUTERS, "toy", lambda: Toy(request.param))
+    """A checkpoint that names a router of this scope, loaded; and the base mixed by hand with the experts in full."""
+    monkeypatch.setitem(ROUTERS, "toy", lambda modules: Toy(request.param))
     directory = tmp_path / "toy"
-    shutil.copytree(builds(architecture, 3, rank=16, lm_head=True)[0], directory)
+    shutil.copytree(builds(architecture, 3, rank=1000)[0], directory)
     config = json.loads((directory / "config.json").read_text())
     config["upscale"]["router"] = {"type": "toy"}
     (directory / "config.json").write_text(json.dumps(config))
     model = load(directory)
-    by_hand, held, stored = plain(groups(architecture, 3).base.resolve()), {}, tensors(directory)
+    base, experts = paths(groups(architecture, 3))
+    held = {"w": None}
+    by_hand, router = blended(base, experts.values(), held), Toy(request.param)
+
+    def start(module, args, kwargs):
+        held["w"] = None
+        if request.param == "model":
+            router.read(kwargs["input_ids"])
+            held["w"] = router.decided
 
     def decide(block, args, kwargs):
-        held["w"] = Toy(request.param)(args[0] if args else kwargs["hidden_states"])
+        router.enter(1, args[0] if args else kwargs["hidden_states"])
+        held["w"] = router.decided
 
-    blocks = next(module for module in by_hand.modules() if isinstance(module, nn.ModuleList))
-    for block in blocks if request.param == "block" else blocks[:1]:
+    by_hand.register_forward_pre_hook(start, with_kwargs=True)
+    for block in blocks(by_hand)[1:] if request.param == "block" else []:
         block.register_forward_pre_hook(decide, with_kwargs=True)
-    hook_experts(by_hand, config["upscale"]["modules"], stored, held)
     return model, by_hand
 
 
-def test_every_layer_obeys_a_router_of_hidden_states(toy):
+def test_every_module_obeys_a_router_of_tokens_or_hidden_states(toy):
     model, by_hand = toy
     close(logits(model), logits(by_hand))
     tokens, chosen_by = generate(model, IDS)
@@ -285,7 +307,7 @@ def test_every_layer_obeys_a_router_of_hidden_states(toy):
 
 def test_forcing_overrides_a_router_of_hidden_states(toy, architecture, builds):
     model, _ = toy
-    projection = load(builds(architecture, 3, rank=16, lm_head=True)[0])
+    projection = load(builds(architecture, 3, rank=1000)[0])
     for expert in ("e1", "e3", "base", ["e2", "base"]):
         with model.force(expert), projection.force(expert):
             assert torch.equal(logits(model), logits(projection))

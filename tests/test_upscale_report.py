@@ -16,13 +16,17 @@ from zoo import check
 FULL = 1000  # clamped: full rank
 
 
-def test_report_is_what_the_files_say(architecture, groups, builds):
-    out, report = builds(architecture, 3, rank=8)
+@pytest.mark.parametrize("rest", ["experts", "base"])
+def test_report_is_what_the_files_say(architecture, groups, builds, rest):
+    out, report = builds(architecture, 3, rank=8, rest=rest)
     base, experts = paths(groups(architecture, 3))
     was, built = tensors(base), tensors(out)
     tunes = {name: tensors(path) for name, path in experts.items()}
     layout = json.loads((out / "config.json").read_text())["upscale"]
-    assert layout["modules"].keys() == {m.name for m in report.modules}
+    exact = {n for n, m in layout["modules"].items() if m.get("kind") == "norm"}
+    shared = {n for n, m in layout["modules"].items() if "tied" in m}
+    assert layout["modules"].keys() - exact - shared == {m.name for m in report.modules}
+    assert bool(exact) == (rest == "experts")
     conv = {n for n, m in architecture.model(0).named_modules() if isinstance(m, Conv1D)}
     inside, total = dict.fromkeys(experts, 0.0), dict.fromkeys(experts, 0.0)
     for module in report.modules:
@@ -39,9 +43,16 @@ def test_report_is_what_the_files_say(architecture, groups, builds):
             inside[name], total[name] = inside[name] + left**2, total[name] + norm**2
     upscaled = {f"{m.name}.{part}" for m in report.modules for part in ("weight", "bias")}
     assert {r.name for r in report.rest} == was.keys() - upscaled
+    if rest == "experts":
+        assert {r.name.rpartition(".")[0] for r in report.rest} == exact
     for name in experts:
-        outside = sum(float((tunes[name][n].double() - was[n].double()).norm()) ** 2 for n in was.keys() - upscaled)
-        assert report.left_behind(name) == pytest.approx((inside[name] ** 0.5, outside**0.5), rel=1e-4)
+        changed = {n: float((tunes[name][n].double() - was[n].double()).norm()) for n in was.keys() - upscaled}
+        lost = changed if rest == "base" else dict.fromkeys(changed, 0.0)  # norms are kept exactly
+        for r in report.rest:
+            assert r.norms[name] == pytest.approx(changed[r.name], rel=1e-5)
+            assert r.left[name] == pytest.approx(lost[r.name], rel=1e-5)
+        outside = sum(value**2 for value in lost.values()) ** 0.5
+        assert report.left_behind(name) == pytest.approx((inside[name] ** 0.5, outside), rel=1e-4)
         assert report.energy[name] == pytest.approx(1 - inside[name] / total[name], abs=1e-4)
     assert report.base_bytes == sum(t.nbytes for t in was.values())
     assert report.group_bytes == 4 * report.base_bytes
@@ -66,7 +77,9 @@ def test_averaged_rest_is_the_mean_and_its_report_what_is_missed(architecture, g
         assert report.left_behind(name)[1] == pytest.approx(square**0.5)
 
 
-@pytest.mark.parametrize("options", [{}, {"lm_head": True}, {"dtype": "float16"}, {"exact": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"rest": "base", "lm_head": True}, {"rest": "average", "dtype": "float16"}, {"exact": True}], ids=str
+)
 def test_the_plan_bounds_what_is_written_and_progress_ends_at_its_total(architecture, groups, tmp_path, options):
     group, config = groups(architecture, 2), SmileConfig(rank=8, **options)
     plan = make_plan(check(group), method, config)

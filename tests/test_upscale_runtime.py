@@ -57,26 +57,34 @@ def test_bfloat16_is_near_float32(architecture, builds):
 def test_gradients_reach_the_experts_and_only_when_asked(upscaled):
     with torch.no_grad():
         assert not upscaled(input_ids=IDS).logits.requires_grad
-    loss = upscaled(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    for name in upscaled.layout.modules:
-        experts = upscaled.get_submodule(name).experts
-        assert experts.up.grad.abs().max() > 0, name
-        assert experts.down.grad.abs().max() > 0, name
-    expert = upscaled.get_submodule(next(iter(upscaled.layout.modules))).experts
-    at = divmod(int(expert.up.grad.abs().argmax()), expert.up.shape[1])
-    gradient, step = float(expert.up.grad[at]), 1e-2
+    upscaled(input_ids=IDS, labels=IDS).loss.backward()
+    for name, layout in upscaled.layout.modules.items():
+        for tensor, parameter in upscaled.get_submodule(name).experts.named_parameters():
+            reached = layout.kind == "linear" or name in {m.tied for m in upscaled.layout.modules.values()}
+            assert bool(parameter.grad.any()) == reached, (name, tensor)  # the projection router leaves the rest idle
+    upscaled.zero_grad()
+    with upscaled.force(["e1", "e3"]):
+        upscaled(input_ids=IDS, labels=IDS).loss.backward()
+        for name in upscaled.layout.modules:
+            for tensor, parameter in upscaled.get_submodule(name).experts.named_parameters():
+                assert_slope(upscaled, parameter, f"{name}.{tensor}")
+
+
+def assert_slope(model, parameter, name):
+    """The largest gradient of a parameter is the difference quotient."""
+    at = int(parameter.grad.abs().argmax())
+    gradient, step, flat = float(parameter.grad.view(-1)[at]), 3e-3, parameter.data.view(-1)
     losses = []
     for sign in (1, -1):
+        flat[at] += sign * step
         with torch.no_grad():
-            expert.up[at] += sign * step
-            losses.append(float(upscaled(input_ids=IDS, labels=IDS).loss))
-            expert.up[at] -= sign * step
-    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(gradient, rel=0.1)
+            losses.append(float(model(input_ids=IDS, labels=IDS).loss))
+        flat[at] -= sign * step
+    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(gradient, rel=0.1), name
 
 
 def test_forcing_by_context_by_generate_and_at_load(architecture, groups, builds):
-    out, _ = builds(architecture, 3, rank=1000)
+    out, _ = builds(architecture, 3, rank=1000, rest="base")
     model = load(out)
     routed = logits(model)
     base, experts = paths(groups(architecture, 3))
@@ -98,7 +106,7 @@ def test_forcing_ends_when_generate_fails(upscaled):
         upscaled.generate(input_ids=IDS, expert="nobody")
     with pytest.raises(ZeroDivisionError), upscaled.force("e1"):
         1 / 0  # noqa: B018
-    with pytest.raises(ValueError, match="3 rows"):
+    with pytest.raises(ValueError, match="3 experts are forced, one per sequence; they do not fit 2 sequences"):
         upscaled.generate(input_ids=IDS, expert=["e1", "e2", "e3"], max_new_tokens=2)
     assert torch.equal(logits(upscaled), before)
 
@@ -229,7 +237,7 @@ SECTIONS = {
 }
 BROKEN = {
     "no_config": (lambda d: (d / "config.json").unlink(), "no config.json"),
-    "no_weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
+    "no_weights": (lambda d: (d / "model.safetensors").unlink(), "no weights .neither model.safetensors nor"),
     "truncated": (truncated, "incomplete metadata"),
     "garbled": (lambda d: (d / "config.json").write_text("{"), "Expecting"),
     **{kind: (partial(rewritten, change=change), says) for kind, (change, says) in TENSORS.items()},

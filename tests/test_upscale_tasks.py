@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from upscale import evaluate
 from upscale.config import METRICS as CONFIGURED
 from upscale.errors import TaskError
 from upscale.metrics import METRICS, WAYS, interval, mark_generated, mark_ranked, mark_read, metric_of, score
-from upscale.tasks import Row, load_tasks
+from upscale.tasks import Row, Task, load_tasks
 
 
 def write(path, *rows):
@@ -59,7 +60,7 @@ def test_the_first_row_decides_the_kind(tmp_path):
 
 def test_a_digest_tells_tasks_apart(tmp_path):
     (task,) = load_tasks([write(tmp_path / "t.jsonl", CHOICE, CHOICE)])
-    changed = [Row("p", "x", ("x", "yy")), Row("q", "yy", ("x", "yy")), Row("p", "yy", ("x", "y"))]
+    changed = [Row("p", "x", ("x", "yy")), Row("q", "yy", ("x", "yy")), Row("p", "yy", ("y", "yy"))]
     others = [replace(task, name="u"), replace(task, kind="label"), replace(task, rows=task.rows[:1])]
     others += [replace(task, rows=[task.rows[0], other]) for other in changed]
     assert len({task.digest, *(other.digest for other in others)}) == 7
@@ -67,6 +68,18 @@ def test_a_digest_tells_tasks_apart(tmp_path):
 
 
 GENERATION, LABEL, TEXT = row(), {"prompt": "p", "label": "a"}, {"text": "t"}
+
+
+def test_tasks_made_in_python_are_checked_too():
+    for wrong, says in (
+        (lambda: Task("t", []), "task t: no rows"),
+        (lambda: Task("t", [Row("p", "c")], "poetry"), "kind 'poetry' is unknown; there are generation, choice, label"),
+        (lambda: Task("t", [Row("p", "c", ("a", "b"))], "choice"), "completion is none of its choices"),
+        (lambda: evaluate({"m": "x"}, []), "no tasks"),
+        (lambda: evaluate({"m": "x"}, [Task("t", [Row("p", "c")])] * 2), "two tasks are named t"),
+    ):
+        with pytest.raises(TaskError, match=says):
+            wrong()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from tests.architectures import TABLE
 from tests.conftest import perturbed, save_model
 from tests.reference import smile as reference
-from tests.reference.models import block_linears, paths, plain, tensors
+from tests.reference.models import block_linears, in_block, paths, plain, tensors
 from upscale import load, smile
 from upscale.cli import main
 from upscale.errors import LoadError
@@ -23,7 +23,7 @@ IDS = [0, *(3 + byte for byte in TEXT.encode())]
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_weights_are_those_computed_by_hand(architecture, builds, top_k):
-    out, _ = builds(architecture, 3, rank=16, router_rank=4, top_k=top_k)
+    out, _ = builds(architecture, 3, rank=16, router_rank=4, top_k=top_k, rest="base")
     traced = trace(out, TEXT)
     model, stored = load(out), tensors(out)
     assert traced.experts == ("e1", "e2", "e3")
@@ -45,11 +45,19 @@ def test_weights_are_those_computed_by_hand(architecture, builds, top_k):
 
 
 def test_tokens_blocks_and_overall(architecture, builds):
-    traced = trace(builds(architecture, 3, rank=16, router_rank=4, top_k=2)[0], TEXT)
-    tokenizer = AutoTokenizer.from_pretrained(builds(architecture, 3, rank=16, router_rank=4, top_k=2)[0])
+    out = builds(architecture, 3, rank=16, router_rank=4, top_k=2)[0]
+    traced = trace(out, TEXT)
+    tokenizer = AutoTokenizer.from_pretrained(out)
     assert list(traced.tokens) == [tokenizer.decode([token]) for token in IDS]
-    assert len(traced.blocks) == 2
-    for number, (name, weights) in enumerate(traced.blocks.items()):
+    layout = load(out).layout.modules
+    outside = [name for name in layout if not in_block(name)]
+    assert traced.modules.keys() == layout.keys()
+    for name, weights in traced.modules.items():  # what the projection router leaves idle, and what it routes
+        assert torch.equal(weights.sum(dim=1).round(decimals=4), torch.full((len(IDS),), layout[name].kind == "linear"))
+    inside = {name: weights for name, weights in traced.blocks.items() if name not in outside}
+    assert traced.blocks.keys() - inside.keys() == set(outside)
+    assert len(inside) == 2
+    for number, (name, weights) in enumerate(inside.items()):
         assert name.endswith(f".{number}")
         of_block = [w for module, w in traced.modules.items() if module.startswith(f"{name}.")]
         torch.testing.assert_close(weights, sum(of_block) / len(of_block))
@@ -57,7 +65,7 @@ def test_tokens_blocks_and_overall(architecture, builds):
 
 
 def test_the_head_is_a_row_of_its_own(builds):
-    traced = trace(builds(TABLE[0], 2, rank=16, lm_head=True)[0], "x")
+    traced = trace(builds(TABLE[0], 2, rank=16, rest="base", lm_head=True)[0], "x")
     assert list(traced.blocks) == ["model.layers.0", "model.layers.1", "lm_head"]
     assert torch.equal(traced.blocks["lm_head"], traced.modules["lm_head"])
 
@@ -105,7 +113,7 @@ def test_route_prints_every_token_and_expert(builds):
     assert re.findall(r"(\d) (\S+) (\d+)%", lines[0]) == [
         (str(n), name, f"{float(shares[n]):.0%}".rstrip("%")) for n, name in enumerate(traced.experts)
     ]
-    label = len("model.layers.0") + 2
+    label = len("model.embed_tokens") + 2
     rows = dict.fromkeys(("", *traced.blocks, "overall"), "")
     for line in lines[2:]:
         if line.strip():
@@ -113,7 +121,7 @@ def test_route_prints_every_token_and_expert(builds):
     shown = "".join(token.replace(" ", "␣") for token in traced.tokens)
     assert rows[""].replace(" ", "") == shown
     for name, weights in {**traced.blocks, "overall": traced.overall}.items():
-        assert rows[name].split() == [str(int(w.argmax())) for w in weights]
+        assert rows[name].split() == [str(int(w.argmax())) if w.any() else "-" for w in weights]
 
 
 def test_route_marks_tokens_that_no_expert_served(tmp_path):

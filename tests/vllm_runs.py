@@ -1,7 +1,9 @@
 """Run checkpoints in real vLLM, in this process, and score the same tokens in transformers."""
 
 import gc
+import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,9 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
+from upscale.runtime.mixture_upscaled import Layout
+from zoo.amend import amend, content_key
+
 # Long prompts are prefilled in chunks of at most 64 tokens, together with other requests.
 ENGINE = {
     "dtype": "float32",
@@ -25,6 +30,7 @@ ENGINE = {
     "enable_prefix_caching": True,
     "seed": 0,
 }
+LENGTHS = (3, 17, 40, 100, 150)  # the last two are prefilled in chunks
 
 
 @contextmanager
@@ -45,24 +51,70 @@ def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     return [[0, *torch.randint(3, 259, (n - 1,), generator=generator).tolist()] for n in lengths]
 
 
-def generate(llm: LLM, requests: Sequence[list[int]], tokens: int = 8, **sampling) -> list[RequestOutput]:
-    """Greedy continuations of one batch, with the log-probability of every token."""
-    params = SamplingParams(max_tokens=tokens, temperature=0, logprobs=1, ignore_eos=True, **sampling)
+def generate(
+    llm: LLM, requests: Sequence[list[int]], tokens: int = 8, experts: Sequence[str | None] | None = None, **sampling
+) -> list[RequestOutput]:
+    """Continuations of one batch, greedy by default, with the log-probability of every token.
+
+    ``experts`` are asked for by the requests, one each; None leaves a request to the router.
+    """
+    given = [{"expert": expert} if expert else None for expert in experts or [None] * len(requests)]
+    options = {"max_tokens": tokens, "temperature": 0, "logprobs": 1, "ignore_eos": True, **sampling}
+    params = [SamplingParams(**options, extra_args=extra) for extra in given]
     return llm.generate([{"prompt_token_ids": ids} for ids in requests], params, use_tqdm=False)
 
 
-def logprobs(output: RequestOutput) -> torch.Tensor:
+def logprobs(output: RequestOutput, sample: int = 0) -> torch.Tensor:
     """vLLM's log-probabilities of the generated tokens, and of the prompt's (but the first) where it gave them: [n]."""
     prompt = list(zip(output.prompt_logprobs or [], output.prompt_token_ids, strict=False))[1:]
-    completion = output.outputs[0]
+    completion = output.outputs[sample]
     steps = [*prompt, *zip(completion.logprobs, completion.token_ids, strict=True)]
     return torch.tensor([step[token].logprob for step, token in steps])
 
 
-def reference(model, output: RequestOutput) -> torch.Tensor:
-    """The same tokens' log-probabilities in transformers, from one uncached pass over the whole sequence: [n]."""
-    ids = torch.tensor([[*output.prompt_token_ids, *output.outputs[0].token_ids]])
+def reference(model, output: RequestOutput, sample: int = 0) -> torch.Tensor:
+    """The same tokens' log-probabilities in transformers: the prompt in one pass, the answer in a second one: [n]."""
+    prompt = torch.tensor([output.prompt_token_ids])
+    answer = torch.tensor([output.outputs[sample].token_ids])
     with torch.no_grad():
-        scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-    scores = scores.gather(-1, ids[0, 1:, None])[:, 0]
-    return scores if output.prompt_logprobs is not None else scores[len(output.prompt_token_ids) - 1 :]
+        first = model(input_ids=prompt, use_cache=True)
+        second = model(input_ids=answer, past_key_values=first.past_key_values, use_cache=True)
+    scores = torch.cat([first.logits, second.logits], dim=1)[0, :-1].float().log_softmax(-1)
+    scores = scores.gather(-1, torch.cat([prompt, answer], dim=1)[0, 1:, None])[:, 0]
+    return scores if output.prompt_logprobs is not None else scores[prompt.shape[1] - 1 :]
+
+
+def assert_parity(model, outputs: Sequence[RequestOutput], tolerance: float = 1e-4) -> None:
+    """vLLM's log-probabilities of all answers are those of transformers."""
+    for output in outputs:
+        for sample in range(len(output.outputs)):
+            expected = reference(model, output, sample)
+            torch.testing.assert_close(logprobs(output, sample), expected, atol=tolerance, rtol=0)
+
+
+def gated(checkpoint: Path, out: Path, hidden_size: int, depth: int = 0, seed: int = 0, **settings) -> Path:
+    """A copy of an upscaled checkpoint with a calibrated router of random scores, which differ between prompts."""
+    shutil.copytree(checkpoint, out)
+    fields = json.loads((out / "config.json").read_text())
+    layout = Layout.from_config(fields["upscale"])
+    experts, size = len(layout.experts), hidden_size if depth else fields["vocab_size"]
+    classes = experts + settings.get("base", True)
+    scores = torch.randn(size, classes, generator=torch.Generator().manual_seed(seed))
+    values = {"weight": scores.T.contiguous()} if depth else {"table": 8 * scores}
+    values["bias"] = torch.zeros(classes)
+    names = f"router.{content_key(values)}"
+    router = {"type": "calibrated", "experts": experts, "size": size, "depth": depth, "tensors": names, **settings}
+    fields["upscale"] = Layout(layout.method, layout.experts, router, layout.modules).to_config()
+    amend(out, "router", {f"{names}.{name}": value for name, value in values.items()}, fields, {})
+    return out
+
+
+def chosen(model, requests: Sequence[list[int]]) -> set[int]:
+    """What the router chooses for any token of these prompts, each alone: numbers of experts, -1 for none."""
+    found = set()
+    for ids in requests:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+        decided = model.routing.router.decided
+        found |= set(torch.where(decided.sum(-1) > 0, decided.argmax(-1), -1).flatten().tolist())
+    return found

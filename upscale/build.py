@@ -168,13 +168,13 @@ def _rest(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
 
 
 def _norm(plan: Plan, norm: Norm) -> tuple[dict[str, Tensor] | None, list[RestReport]]:
-    """The experts' tensors of a norm, None if none changed it, and what is lost: deltas of gains that are exactly 0."""
+    """The experts' tensors of a norm, None if none changed it, and what is lost: deltas of gains of about 0."""
     experts = list(plan.experts)
     weight = _read(plan.base, norm.weight, plan.config.device)
-    gain = norm.offset + weight
     deltas = torch.stack([_delta(plan, expert, norm.weight, weight) for expert in experts])
-    scale = torch.where(gain == 0, 0.0, deltas / torch.where(gain == 0, 1.0, gain))
-    lost = torch.where(gain == 0, deltas, 0.0)
+    scale = deltas / (norm.offset + weight)
+    held = scale.isfinite()
+    scale, lost = torch.where(held, scale, 0.0), torch.where(held, 0.0, deltas)
     reports = [RestReport(norm.weight, _norms(experts, deltas), _norms(experts, lost))]
     kept = {"scale": scale}
     if norm.bias is not None:

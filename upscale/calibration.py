@@ -11,17 +11,20 @@ import yaml
 from torch import Tensor
 
 from upscale.config import CalibrateConfig
+from upscale.discriminant import Fit, fit
 from upscale.errors import ConfigError, LoadError, TaskError
 from upscale.loading import load, load_tokenizer, locate, read_config
-from upscale.ridge import Fit, fit
 from upscale.runtime import runtime_files
 from upscale.runtime.mixture_upscaled import Layout
 from upscale.runtime.routing_upscaled import BASE
 from upscale.samples import Reader, Sample
-from zoo.amend import amend, content_key
+from zoo.amend import amend, content_key, discard
 
 Progress = Callable[[int, int, str], None]  # texts done, texts in all, what is being done
 _NONE = {"type": "projection", "rank": 1, "top_k": 1}  # the router that is there counts for nothing, even if broken
+# Where the base's own texts are like the experts' prompts, they do not tell what is in no expert's domain: a base class
+# that takes more than this part of the prompts from the right expert is left out.
+TAKEN = 0.1
 HELD_OUT = 4  # with texts that experts wrote themselves, one of so many is kept to judge the router by
 
 
@@ -31,17 +34,15 @@ class Depth:
 
     Attributes:
         depth: 0 for the embeddings, n for what enters block n.
-        penalty: the ridge penalty chosen there.
+        shrinkage: of the covariance, chosen there.
         loss: mean negative log-likelihood of the right class.
-        loss_error: its standard error.
         accuracy: part of all places, at a prompt's end and in its answer, that go to the right class.
         accuracy_error: its standard error over texts.
     """
 
     depth: int
-    penalty: float
+    shrinkage: float
     loss: float
-    loss_error: float
     accuracy: float
     accuracy_error: float
 
@@ -51,7 +52,8 @@ class Calibration:
     """What a calibration found.
 
     Attributes:
-        classes: experts, and "base" if the router has that class.
+        classes: experts, and "base" if the router has that class; it has not if asked not to, or if what the base
+            writes by itself cannot be told from the experts' prompts.
         depth: chosen.
         depths: all that were looked at.
         accuracy: by class, part of its texts that go to it at their prompt's end when left out of the fit.
@@ -101,13 +103,17 @@ def calibrate(
         raise ConfigError(f"--top-k {config.top_k} is more than the router's {len(classes)} classes")
     if prompts is not None:
         _check(prompts, layout.experts)
+    discard(directory, "router")  # a router that cannot be read is in the way of the rest
     model = load(directory, dtype=config.dtype, router=_NONE)
     reader = Reader(model, load_tokenizer(directory, padding_side="left"), config)
     seen, kept = _samples(reader, layout.experts, prompts, config, progress)
-    fits = {depth: _fit(seen, classes, depth) for depth in seen[0].means}
-    depths = [_judge(depth, found, seen, classes) for depth, found in fits.items()]
-    chosen = _choose(depths, config.depth)
-    found = fits[chosen]
+    chosen, depths, found = _fit_best(seen, classes, config.depth)
+    given_base = prompts is not None and BASE in prompts
+    if classes[-1] == BASE and not given_base and _taken(seen, found, classes) > TAKEN:
+        classes = list(layout.experts)
+        seen = [s for s in seen if s.name != BASE]
+        kept = [s for s in kept if s.name != BASE]
+        chosen, depths, found = _fit_best(seen, classes, config.depth)
     if chosen == 0:  # what every token's embedding scores: all that routing needs, in any engine
         values = {"table": reader.embeddings.float() @ found.weight.T, "bias": found.bias}
     else:
@@ -118,7 +124,7 @@ def calibrate(
         "size": reader.embeddings.shape[chosen > 0],
         "depth": chosen,
         "granularity": config.granularity,
-        "base": not config.no_base,
+        "base": classes[-1] == BASE,
         "top_k": config.top_k or None,
         "half_life": config.half_life,
     }
@@ -187,6 +193,23 @@ def _samples(
     return seen, kept
 
 
+def _fit_best(samples: Sequence[Sample], classes: Sequence[str], wanted: int | None) -> tuple[int, list[Depth], Fit]:
+    fits = {depth: _fit(samples, classes, depth) for depth in samples[0].means}
+    depths = [_judge(depth, found, samples, classes) for depth, found in fits.items()]
+    chosen = _choose(depths, wanted)
+    return chosen, depths, fits[chosen]
+
+
+def _taken(samples: Sequence[Sample], found: Fit, classes: Sequence[str]) -> float:
+    """Part of the experts' texts that the base class takes from the right expert."""
+    lost = []
+    for sample, rows in _pairs(samples):
+        if sample.name != BASE:
+            scores, right = found.left_out[rows][0], classes.index(sample.name)
+            lost.append(float(scores[:-1].argmax() == right and scores.argmax() != right))
+    return _mean(lost)
+
+
 def _rows(samples: Sequence[Sample]) -> list[slice]:
     """The rows of each sample where all samples' rows lie one after the other."""
     rows, start = [], 0
@@ -211,7 +234,7 @@ def _judge(depth: int, found: Fit, samples: Sequence[Sample], classes: Sequence[
     n, accuracy = len(right), sum(right) / len(right)
     smoothed = (sum(right) + 1) / (n + 2)  # of a perfect score the plain standard error would be 0
     error = (smoothed * (1 - smoothed) / n) ** 0.5
-    return Depth(depth, found.penalty, found.loss, found.loss_error, accuracy, error)
+    return Depth(depth, found.shrinkage, found.loss, accuracy, error)
 
 
 def _pairs(samples: Sequence[Sample]):

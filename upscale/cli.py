@@ -12,6 +12,7 @@ from zoo.errors import MismatchError, ZooError
 
 # One file a verb. `serve` and `demo` need vLLM, so they live in `serving` and are found by entry point.
 _COMMANDS = {
+    "calibrate": "upscale.commands.calibrate:calibrate",
     "check": "upscale.commands.check:check",
     "eval": "upscale.commands.eval:evaluate",
     "route": "upscale.commands.route:route",

@@ -117,7 +117,7 @@ class CalibrateConfig:
     no_base: bool = option(False, "Always choose an expert: no class for text of no expert's domain.", is_flag=True)
     half_life: float | None = option(
         None,
-        "Tokens after which a token counts half, so that a conversation can change subject; by default all count alike.",
+        "Tokens after which a token counts half, so that a conversation may change subject; by default all count.",
         metavar="TOKENS",
     )
     continuation: int = option(

@@ -16,7 +16,7 @@ from upscale.errors import TaskError
 from upscale.metrics import GENERATED, METRICS, WAYS, interval, metric_of, score
 from upscale.results import Result, routes
 from upscale.results_file import VERSION, ResultsFile
-from upscale.tasks import Task, load_tasks
+from upscale.tasks import Task, load_tasks, require_distinct
 from zoo import Group
 
 Progress = Callable[[int, int, str], None]  # answers done, answers in all, what is being done
@@ -64,6 +64,7 @@ def evaluate(
     """
     config = config or EvalConfig(**options)
     loaded = [task for item in tasks for task in ([item] if isinstance(item, Task) else load_tasks([item]))]
+    require_distinct(loaded)
     chosen = [replace(task, rows=task.rows[: config.limit]) for task in loaded]
     if config.metric != "auto" and not any(config.metric in METRICS[task.kind] for task in chosen):
         kinds = ", ".join(sorted({task.kind for task in chosen}))

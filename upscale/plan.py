@@ -13,6 +13,7 @@ from upscale.errors import ConfigError, PlanError
 from upscale.methods import Method
 from upscale.ranks import Progress, choose_ranks
 from upscale.runtime.mixture_upscaled import EMBEDDING, NORM, ModuleLayout
+from upscale.runtime.routers_upscaled import in_block
 from upscale.skeleton import Linear, Norm, Skeleton, skeleton
 from zoo import Checkpoint, TensorSpec, Verdict
 from zoo.preflight import parameters
@@ -95,11 +96,13 @@ def make_plan(verdict: Verdict, method: Method, config: SmileConfig, progress: P
     if config.top_k > len(verdict.experts):
         raise ConfigError(f"--top-k {config.top_k} is more than the group's {len(verdict.experts)} experts")
     base = verdict.base
-    chosen, norms = _choose(skeleton(base), config)
+    found = skeleton(base)
+    chosen, norms = _choose(found, config)
     embeddings = {n.weight: n.name for n in chosen if n.kind == EMBEDDING}
     tied = {n.name: embeddings[n.weight] for n in chosen if n.head and n.bias is None and n.weight in embeddings}
     chosen = [n for n in chosen if n.name not in tied]
-    upscaled = {n.weight for n in chosen if not n.head or n.weight == f"{n.name}.weight"} | {n.bias for n in chosen}
+    shared = {n.weight for n in found.embeddings}  # a tied head that has factors of its own leaves them to the rest
+    upscaled = {n.weight for n in chosen if not n.head or n.weight not in shared} | {n.bias for n in chosen}
     kept = parameters(base)
     of_norms = {tensor for norm in norms for tensor in (norm.weight, norm.bias)}
     rest = [name for name in kept if name not in upscaled | of_norms]
@@ -140,7 +143,7 @@ def _choose(found: Skeleton, config: SmileConfig) -> tuple[list[Linear], list[No
     wanted = [*found.embeddings, *linears] if everything else linears
     chosen = [n for n in wanted if _matches(n.name, config)]
     if not chosen:
-        kinds = ", ".join(sorted({f"*.{kind(n.name)}" for n in wanted}))
+        kinds = ", ".join(sorted({f"*.{kind(n.name)}" if in_block(n.name) else n.name for n in wanted}))
         raise PlanError(f"--include and --exclude leave nothing to upscale; the model's modules are {kinds}")
     return chosen, [n for n in found.norms if everything and _matches(n.name, config)]
 

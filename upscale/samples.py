@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from upscale.encoding import as_chat
 from upscale.errors import TaskError
 from upscale.runtime.modeling_upscaled import watch
 from upscale.runtime.prefix_upscaled import running_mean
-from upscale.runtime.routing_upscaled import BASE, Router, unit_rms
+from upscale.runtime.routers_upscaled import Router, unit_rms
+from upscale.runtime.routing_upscaled import BASE
 
-WRITTEN = 48  # tokens of a text that a model writes by itself
+WRITTEN = 96  # tokens of a text that a model writes by itself
 _ANSWERED = (0, 1, 2, 4, 8, 16, 32, 64)  # tokens after the prompt's end at which the mean is taken
-_READ = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tokens of a text
+_READ = (4, 8, 16, 32, 64)  # tokens of a text
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Reader:
         self.deeper = config.granularity == "prefix" and config.depth != 0
         self.answers = config.continuation if config.granularity == "prefix" else 0
         self.recorder = _Recorder()
-        watch(model, model.get_input_embeddings(), list(model.layout.modules), SimpleNamespace(router=self.recorder))
+        watch(model, model.get_input_embeddings(), list(model.layout.modules), self.recorder)
 
     def prompts(self, expert: str, prompts: Sequence[str], step: Callable[[str], None]) -> list[Sample]:
         """Samples of an expert's prompts, each with the beginning of the expert's own answer.

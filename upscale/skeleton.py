@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from upscale.errors import PlanError
 from upscale.runtime.mixture_upscaled import EMBEDDING, LINEAR
-from upscale.runtime.routing_upscaled import in_block
+from upscale.runtime.routers_upscaled import in_block
 from zoo import Checkpoint
 from zoo.preflight import parameters
 
@@ -123,13 +123,13 @@ def _norm_offset(module: nn.Module) -> float | None:
         return None
     if next(module.buffers(), None) is not None:
         return None
-    probe = copy.deepcopy(module).to_empty(device="cpu").float().eval()
+    probe, width = copy.deepcopy(module).to_empty(device="cpu").float().eval(), len(held["weight"])
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(5, probe.weight.shape[0], generator=generator)
-    weight, bias = torch.randn(2, probe.weight.shape[0], generator=generator)
+    x = torch.randn(5, width, generator=generator)
+    weight, bias = torch.randn(2, width, generator=generator)
 
     def run(weight: Tensor, bias: Tensor) -> Tensor:
-        given = {"weight": weight.expand_as(probe.weight), "bias": bias.expand_as(probe.weight)}
+        given = {"weight": weight.expand(width), "bias": bias.expand(width)}
         return torch.func.functional_call(probe, {name: given[name] for name in held}, (x,))
 
     try:

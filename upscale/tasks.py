@@ -35,11 +35,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """A named list of rows of one kind: "generation", "choice", "label" or "text"."""
+    """A named list of rows of one kind: "generation", "choice", "label" or "text".
+
+    Raises:
+        TaskError: another kind, no rows, or a row whose right choice is none of its choices.
+    """
 
     name: str
     rows: Sequence[Row]
     kind: str = "generation"
+
+    def __post_init__(self):
+        if self.kind not in (kinds := [kind for kind, _ in KINDS.values()]):
+            raise TaskError(f"task {self.name}: kind {self.kind!r} is unknown; there are {', '.join(kinds)}")
+        if not self.rows:
+            raise TaskError(f"task {self.name}: no rows")
+        if self.kind in ("choice", "label") and not all(row.completion in row.choices for row in self.rows):
+            raise TaskError(f"task {self.name}: a row's completion is none of its choices")
 
     @property
     def digest(self) -> str:
@@ -64,13 +76,18 @@ def load_tasks(paths: Iterable[str | Path], limit: int | None = None) -> list[Ta
         if not found:
             raise TaskError(f"{path}: no .jsonl file in this directory")
         files += found
-    if not files:
-        raise TaskError("no tasks: give --tasks with a .jsonl file or a directory of them")
     tasks = [_task(file, limit) for file in files]
+    require_distinct(tasks)
+    return tasks
+
+
+def require_distinct(tasks: Sequence[Task]) -> None:
+    """Raise TaskError if there is no task, or two are of one name."""
+    if not tasks:
+        raise TaskError("no tasks: give --tasks with a .jsonl file or a directory of them")
     names = [task.name for task in tasks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise TaskError(f"two tasks are named {twice[0]}; rename one file")
-    return tasks
 
 
 def _task(file: Path, limit: int | None) -> Task:

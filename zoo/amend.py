@@ -4,11 +4,11 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -37,7 +37,9 @@ def amend(
     directory = Path(directory)
     try:
         with _locked(directory):
-            old = [path for path in directory.glob(f"{part}-*.safetensors")]
+            for left in directory.glob(f".{part}-*.partial"):  # by a process that was killed
+                left.unlink()
+            old = list(directory.glob(f"{part}-*.safetensors"))
             new = directory / f"{part}-{content_key(tensors)}.safetensors"
             if tensors:
                 _put(new, save(dict(tensors), metadata={"format": "pt"}))
@@ -49,9 +51,30 @@ def amend(
                 _put(directory / name, content)
             gone = [path for path in old if path != new or not tensors]
             if index.is_file():
-                _list(index, {}, [name for path in gone for name in _names(path) if name not in tensors])
+                _list(index, {}, [path.name for path in gone])
             for path in gone:
                 path.unlink()
+    except OSError as error:
+        raise OutputError(f"{directory}: cannot be written: {error.strerror or error}") from error
+
+
+def discard(directory: str | Path, part: str) -> None:
+    """Forget the files ``part-*.safetensors`` that are missing or damaged, so that what remains can be read.
+
+    Raises:
+        OutputError: the directory cannot be written, or another process writes it.
+    """
+    directory = Path(directory)
+    index = directory / INDEX
+    try:
+        with _locked(directory):
+            listed = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+            files = {path.name for path in directory.glob(f"{part}-*.safetensors")}
+            bad = {name for name in files | listed if name.startswith(f"{part}-") and not _readable(directory / name)}
+            if listed & bad:
+                _list(index, {}, bad)
+            for name in files & bad:
+                (directory / name).unlink()
     except OSError as error:
         raise OutputError(f"{directory}: cannot be written: {error.strerror or error}") from error
 
@@ -85,13 +108,17 @@ def _put(path: Path, content: bytes) -> None:
     partial.rename(path)
 
 
-def _names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
+def _readable(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
-def _list(index: Path, added: Mapping[str, str], removed) -> None:
+def _list(index: Path, added: Mapping[str, str], gone: Collection[str]) -> None:
+    """Name the tensors ``added``, by file, in the index, and none of the files ``gone``."""
     content = json.loads(index.read_text())
-    names = {k: v for k, v in content["weight_map"].items() if k not in removed} | added
+    names = {name: file for name, file in content["weight_map"].items() if file not in gone} | dict(added)
     content["weight_map"] = dict(sorted(names.items()))
     _put(index, json.dumps(content, indent=2).encode() + b"\n")

@@ -1,5 +1,7 @@
 """Plain access to models and their files, for comparing: no code of the package's own."""
 
+from functools import partial
+
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -75,16 +77,28 @@ def padded(rows):
     return ids, mask
 
 
-def hook_experts(model, modules, stored, held):
-    """Add the experts of ``stored`` to a plain model's linears, one by one, by ``held["w"]`` [B, T, E]."""
-    for name, module in modules.items():
-        downs = stored[f"{name}.experts.down"].split(module["ranks"])
-        ups = stored[f"{name}.experts.up"].split(module["ranks"], dim=1)
-        bias = stored.get(f"{name}.experts.bias", torch.zeros(len(ups), module["out_features"]))
-        experts = list(zip(downs, ups, bias, strict=True))
+def blended(base, experts, held, accepts=lambda name: True):
+    """The base, in which the output of every module that ``accepts`` names is mixed with the experts' own modules.
 
-        def add(module, args, y, experts=experts):
-            w = held["w"][:, -args[0].shape[1] :]  # the head sees the last token alone
-            return y + sum(w[..., e, None] * (args[0] @ v.T @ us.T + b) for e, (v, us, b) in enumerate(experts))
+    ``y = M0(x) + sum_e w_e (Me(x) - M0(x))`` for linears, embeddings and norms alike: all are affine in their
+    parameters. ``held["w"]`` is [B, T, E], of the tokens that the model is given; None for the base.
+    """
+    model, tunes = plain(base), [plain(path) for path in experts]
 
-        model.get_submodule(name).register_forward_hook(add)
+    def blend(module, args, y, twins):
+        if held["w"] is None:
+            return y
+        w = held["w"].to(y.dtype)
+        w = w.flatten(0, 1) if y.ndim == 2 else w[:, -y.shape[1] :]  # the head may see the last token alone
+        w = w.view(*w.shape[:-1], *[1] * (y.ndim - w.ndim), w.shape[-1])  # norms of heads have one dimension more
+        return y + sum(w[..., e, None] * (twin(*args) - y) for e, twin in enumerate(twins))
+
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None and accepts(name):
+            module.register_forward_hook(partial(blend, twins=[tune.get_submodule(name) for tune in tunes]))
+    return model
+
+
+def blocks(model):
+    """The decoder blocks of a plain model."""
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))

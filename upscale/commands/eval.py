@@ -31,7 +31,7 @@ def _is_tasks(text: str) -> bool:
 
 
 @click.command(name="eval", cls=_ManyTasks)
-@click.argument("models", nargs=-1, metavar="[NAME=]MODEL...")
+@click.argument("models", nargs=-1, metavar="[[NAME=]MODEL]...")
 @click.option(
     "--tasks", multiple=True, required=True, metavar="FILE_OR_DIR...", help=".jsonl tasks, or directories of them."
 )
@@ -86,6 +86,9 @@ def evaluate(
         Path(markdown_file).write_text(to_markdown(results), encoding="utf-8")
     if html_file is not None:
         Path(html_file).write_text(to_html(results, config), encoding="utf-8")
+    for file in (json_file, markdown_file, html_file):
+        if file is not None:
+            console.print(f"[green]wrote[/] {escape(file)}", highlight=False, soft_wrap=True)
 
 
 def show(results) -> None:

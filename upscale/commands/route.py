@@ -1,6 +1,9 @@
 """`upscale route`: a heat map of routing in the terminal."""
 
+from pathlib import Path
+
 import click
+from rich.markup import escape
 from rich.text import Text
 
 from upscale.commands.display import console, quiet_libraries
@@ -26,20 +29,27 @@ _PALETTE = (
 @click.option(
     "--max-new-tokens", default=0, show_default=True, metavar="N", help="Generate and show so many tokens too."
 )
-def route(model: str, prompt: str, chat: bool, max_new_tokens: int) -> None:
+@click.option("--plot", metavar="FILE", help="Also draw it: FILE.png or FILE.svg.")
+def route(model: str, prompt: str, chat: bool, max_new_tokens: int, plot: str | None) -> None:
     """Show which expert of MODEL each token of PROMPT went to, by layer and overall.
 
-    A cell has the colour of the expert with the largest mean weight over the layer's linears, the darker the smaller;
-    where colours are not shown, its number.
+    A cell has the colour of the expert with the largest mean weight over the layer's modules, the darker the smaller;
+    where colours are not shown, its number. For a calibrated router the last row is its confidence: the class that is
+    most likely from the text up to each token.
 
     \b
     Examples:
       upscale route out 'What is 7 in roman numerals?'
       upscale route out 'sort: pear apple' --chat --max-new-tokens 16
+      upscale route out "$(cat conversation.txt)" --plot routing.png
     """
     from upscale.trace import trace
 
     quiet_libraries()
+    if plot is not None:
+        from upscale.plots import check_drawing
+
+        check_drawing(Path(plot))
     traced = trace(model, prompt.replace("\\n", "\n"), chat=chat, max_new_tokens=max_new_tokens)
     plain = console.color_system is None
     legend = Text()
@@ -52,6 +62,8 @@ def route(model: str, prompt: str, chat: bool, max_new_tokens: int) -> None:
     if plain:
         cells = [f"{cell:3} " for cell in cells]  # room for a number
     rows = {**traced.blocks, "overall": traced.overall}
+    if traced.confidence is not None:
+        rows["confidence"] = traced.confidence
     label = max(map(len, rows)) + 2
     for start, stop in _lines(cells, console.width - label):
         console.print()
@@ -61,15 +73,19 @@ def route(model: str, prompt: str, chat: bool, max_new_tokens: int) -> None:
             line = Text(name.ljust(label), style="bold" if name == "overall" else "")
             for n in range(start, stop):
                 weight, expert = weights[n].max(dim=0)
-                cell = f"{int(expert) if weight > 0 else '-'}".ljust(len(cells[n])) if plain else cells[n]
-                line.append(cell, style=_style(int(expert), float(weight)))
+                served = weight > 0 and int(expert) < len(traced.experts)  # the class beyond the experts is the base
+                cell = f"{int(expert) if served else '-'}".ljust(len(cells[n])) if plain else cells[n]
+                line.append(cell, style=_style(int(expert), float(weight)) if served else "")
             console.print(line)
+    if plot is not None:
+        from upscale.trace_plots import draw_trace
+
+        draw_trace(traced, Path(plot))
+        console.print(f"[green]wrote[/] {escape(plot)}", highlight=False, soft_wrap=True)
 
 
 def _style(expert: int, weight: float) -> str:
-    """Background in the expert's colour; a token that no expert served stays plain."""
-    if weight == 0:
-        return ""
+    """Background in the expert's colour, the darker the smaller the weight."""
     shade = 0.35 + 0.65 * weight
     red, green, blue = (int(shade * part) for part in _PALETTE[expert % len(_PALETTE)])
     return f"black on rgb({red},{green},{blue})"

@@ -34,7 +34,8 @@ def smile(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], dr
     group, (out,) = group_and_rest(paths, base, experts, rest=1)
     quiet_libraries()
     verdict = zoo.check(group)
-    plan = make_plan(verdict, method, config)
+    with progress_bar("reading spectra") as progress:
+        plan = make_plan(verdict, method, config, progress)
     for warning in verdict.warnings:
         console.print(f"[yellow]warning[/] {warning}", highlight=False, soft_wrap=True)
     if dry_run:
@@ -49,17 +50,24 @@ def smile(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], dr
 def _show_plan(plan) -> None:
     from upscale.plan import kind
 
-    table = Table(title="Plan: linears to upscale, by kind", title_justify="left")
-    for column in ("linear", "modules", "shape", "rank an expert", "parameters"):
-        table.add_column(column, justify="left" if column == "linear" else "right")
+    table = Table(title="Plan: modules to upscale, by kind", title_justify="left")
+    for column in ("module", "modules", "shape", "rank an expert", "parameters"):
+        table.add_column(column, justify="left" if column == "module" else "right")
     kinds: dict[tuple, list] = {}
     for linear in plan.linears:
-        layout = plan.layouts[linear.name]
-        key = (kind(linear.name), f"{linear.out_features} x {linear.in_features}", layout.ranks[0])
-        kinds.setdefault(key, []).append(sum(_count(shape) for shape in layout.shapes().values()))
-    for (name, shape, rank), counts in kinds.items():
-        table.add_row(name, str(len(counts)), shape, str(rank), f"{sum(counts):,}")
+        kinds.setdefault((kind(linear.name), f"{linear.out_features} x {linear.in_features}"), []).append(linear.name)
+    for norm in plan.norms:
+        kinds.setdefault((kind(norm.name), str(norm.width)), []).append(norm.name)
+    for (name, shape), modules in kinds.items():
+        layouts = [plan.layouts[module] for module in modules]
+        ranks = [rank for layout in layouts for rank in layout.ranks]
+        least, most = min(ranks), max(ranks)
+        count = sum(_count(shape) for layout in layouts for shape in layout.shapes().values())
+        rank = "exact" if not most else str(most) if least == most else f"{least} to {most}"
+        table.add_row(name, str(len(modules)), shape, rank, f"{count:,}")
     console.print(table)
+    for head, embedding in plan.tied.items():
+        console.print(f"tied       {head} uses the experts of {embedding}", highlight=False)
     experts = ", ".join(plan.experts)
     console.print(f"experts    {len(plan.experts)}: {experts}", highlight=False)
     console.print(f"rest       {len(plan.rest)} tensors, from: {plan.config.rest}", highlight=False)

@@ -64,9 +64,10 @@ def upscale_linear(
     Raises:
         NonFiniteError: NaN or infinity in a delta.
     """
+    # A sketch of its own for each expert: with one for all, flat spectra look as if they shared directions.
     factors = {
-        expert: factor(delta, rank, exact=config.exact, seed=config.seed)
-        for (expert, delta), rank in zip(deltas, ranks, strict=True)
+        expert: factor(delta, rank, exact=config.exact, seed=config.seed + number)
+        for number, ((expert, delta), rank) in enumerate(zip(deltas, ranks, strict=True))
     }
     bias = None if bias_deltas is None else torch.stack(list(bias_deltas.values()))
     if bias is not None and not torch.isfinite(bias).all():

@@ -178,6 +178,7 @@ class EmbeddingExperts(Experts):
 
     down: Tensor
     up: Tensor
+    once = False  # positions, which a model may embed once for all sequences
 
     def forward(self, args: tuple, y: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Add the experts' part to the embeddings ``y`` [..., d] of the tokens ``args[0]`` [...].
@@ -185,7 +186,7 @@ class EmbeddingExperts(Experts):
         ``scale`` is what the base's module multiplies its rows by.
         """
         z = F.embedding(args[0], self.up)
-        w = self.routing.weights(self.name, y).to(y.dtype)
+        w = self.routing.weights(self.name, y, once=self.once).to(y.dtype)
         return y + (z * spread(w, self.ranks)) @ self.down * scale
 
 

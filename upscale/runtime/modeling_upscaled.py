@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from .mixture_upscaled import EMBEDDING, LINEAR, NORM, EmbeddingExperts, Layout, LinearExperts, NormExperts, TiedExperts
 from .prefix_upscaled import follow
-from .routing_upscaled import Routing, in_block, make_router
+from .routers_upscaled import Router, in_block, make_router
+from .routing_upscaled import Routing
 
 MODEL_TYPE = "upscaled"
 _AUTO_MAP = {
@@ -37,14 +38,16 @@ def inject(model: Any, layout: Layout) -> Routing:
     routing = Routing(layout.experts, make_router(layout.modules, layout.router))
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     follow(model, routing.router)
-    watch(model, model.get_input_embeddings(), list(layout.modules), routing)
+    watch(model, model.get_input_embeddings(), list(layout.modules), routing.router)
     for name, module_layout in layout.modules.items():
         module = model.get_submodule(name)
         layer = TiedExperts if module_layout.tied else _LAYERS[module_layout.kind]
         device = next(module.parameters()).device
-        module.experts = layer(name, module_layout, routing, dtype=dtype, device=device)
+        module.experts = layer(name, module_layout, routing, dtype=dtype, device=device).requires_grad_()
         if module_layout.tied:
             module.experts.share(model.get_submodule(module_layout.tied).experts)
+        if module_layout.kind == EMBEDDING:
+            module.experts.__dict__["once"] = module is not model.get_input_embeddings()
         scale = {"scale": _row_scale} if module_layout.kind == EMBEDDING else {}
         module.register_forward_hook(partial(_add_experts, **scale))
     model.router = routing.router
@@ -61,14 +64,13 @@ def _row_scale(embedding: nn.Module, y: Tensor) -> Tensor | float:
     return scale.to(y.dtype) if isinstance(scale, Tensor) else scale
 
 
-def watch(model: nn.Module, embedding: nn.Module, modules: Sequence[str], routing: Routing) -> None:
+def watch(model: nn.Module, embedding: nn.Module, modules: Sequence[str], router: Router) -> None:
     """Show the router what it watches: the tokens, and what enters decoder blocks. Serves both runtimes.
 
     The blocks are the module list that the first of ``modules`` (names of upscaled modules) inside one lies in.
     """
-    router = routing.router
     if router.watches(0):
-        embedding.register_forward_pre_hook(lambda module, args: router.read(args[0]))
+        embedding.register_forward_pre_hook(partial(_read, router))
     parts = next((name.split(".") for name in modules if in_block(name)), None)
     if parts is None:
         return
@@ -76,13 +78,17 @@ def watch(model: nn.Module, embedding: nn.Module, modules: Sequence[str], routin
     for depth, block in enumerate(blocks):
         if depth and router.watches(depth):
             names = tuple(inspect.signature(block.forward).parameters)
-            block.register_forward_pre_hook(partial(_enter, routing, depth, names), with_kwargs=True)
+            block.register_forward_pre_hook(partial(_enter, router, depth, names), with_kwargs=True)
 
 
-def _enter(routing: Routing, depth: int, names: Sequence[str], block: nn.Module, args: tuple, kwargs: Mapping) -> None:
+def _read(router: Router, embedding: nn.Module, args: tuple) -> None:
+    router.read(args[0])
+
+
+def _enter(router: Router, depth: int, names: Sequence[str], block: nn.Module, args: tuple, kwargs: Mapping) -> None:
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     x, residual = given["hidden_states"], given.get("residual")  # vLLM's blocks add the residual themselves
-    routing.router.enter(depth, x if residual is None else x + residual)
+    router.enter(depth, x if residual is None else x + residual)
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
@@ -132,10 +138,9 @@ class UpscaledModel:
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Write the checkpoint in its own format: the base class alone would name it a plain model of its type."""
-        # Saved under the names that the layout gives them, whatever the router's file was called before.
-        layout = Layout(
-            self.layout.method, self.layout.experts, {**self.layout.router, "tensors": "router"}, self.layout.modules
-        )
+        layout = self.layout
+        if "tensors" in layout.router:  # saved as the model's parameters, whatever the router's file called them before
+            layout = Layout(layout.method, layout.experts, {**layout.router, "tensors": "router"}, layout.modules)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         path = Path(save_directory) / "config.json"
         fields = json.loads(path.read_text())
@@ -210,6 +215,8 @@ def stored_tensors(path: Path, layout: Layout) -> dict[str, Callable[[], Tensor]
     files = sorted(path.glob("*.safetensors"))
     if index.is_file():
         files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if not files:
+        raise ValueError(f"{path}: no weights (neither model.safetensors nor {index.name})")
     shards = [safe_open(file, framework="pt") for file in files]
     where = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118 (safe_open has no __iter__)
     shapes = {name: (name, shape) for name, shape in layout.shapes().items()}

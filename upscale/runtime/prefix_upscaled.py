@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .routing_upscaled import Router
+from .routers_upscaled import Router
 
 _CHUNK = 256  # tokens whose weights on all tokens before are held at once
 
@@ -53,6 +53,7 @@ class Prefix:
         router.mean, router.whole = self.mean, self.whole
         self.mask: Tensor | None = None
         self.cache: Cache | None = None
+        self.sequences = 1
 
     def begin(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the model: a pass begins."""
@@ -61,37 +62,44 @@ class Prefix:
             return None
         names = list(inspect.signature(model.forward).parameters)
         given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        tokens, embedded = given.get("input_ids"), given.get("inputs_embeds")
+        if tokens is None and embedded is not None and self.router.watches(0):
+            raise ValueError("the router reads tokens: give the model input_ids, not inputs_embeds")
+        self.sequences = next((x.shape[0] for x in (tokens, embedded) if x is not None), 1)
         self.mask, self.cache = _mask(given.get("attention_mask")), given.get("past_key_values")
         if "past_key_values" not in names:
             if given.get("use_cache", model.config.use_cache):
                 kwargs = {**kwargs, "use_cache": False}  # its cache cannot hold the means: each pass starts anew
         elif self.cache is None and given.get("use_cache", getattr(model.config, "use_cache", False)):
             self.cache = kwargs["past_key_values"] = DynamicCache(config=model.config)  # as the model itself would
+        elif self.cache is not None and (made := getattr(self.cache, "layer_class_to_replicate", None)):
+            # It would add its layers one by one, and take ours for one of the model's.
+            missing = model.config.get_text_config(decoder=True).num_hidden_layers - len(self.cache.layers)
+            self.cache.layers += [made() for _ in range(missing)]
         return args, kwargs
 
     def mean(self, site: str, values: Tensor) -> Tensor:
-        """Running means of ``values`` [B, T, C], or [T, C] of one sequence, over the prefix, cached tokens included."""
-        tokens = values.shape[-2]
-        seen = self._remember(site, values)
-        return self._means(seen, tokens).view(values.shape)
+        """Running means of ``values`` [B, T, C], or flattened [B * T, C], over the prefix, cached tokens included."""
+        split = values if values.ndim == 3 else values.unflatten(0, (self.sequences, -1))
+        seen = self._remember(site, split)
+        return self._means(seen, split.shape[1]).view(values.shape)
 
     def whole(self, site: str, values: Tensor) -> Tensor:
-        """The mean of ``values`` over the prompt, for every token; what a cache holds already is the prompt's.
+        """The mean of ``values`` [B, T, C] over the prompt, for every token; what a cache holds already is its mean.
 
         The prompt is what is given to an empty cache.
         """
         layer = None if self.cache is None else _layer(self.cache, site)
-        if layer is not None and layer.get_seq_length():
+        if layer is not None and layer.values is not None and layer.get_seq_length():
             means = layer.values[:, 0, -1:]
         else:
-            means = self._means(values if values.ndim == 3 else values.unsqueeze(0), 1)
-        means = means.expand(-1, values.shape[-2], -1)
+            means = self._means(values, 1)
+        means = means.expand(-1, values.shape[1], -1)
         self._remember(site, means)
-        return means.reshape(values.shape)
+        return means
 
     def _remember(self, site: str, values: Tensor) -> Tensor:
         """Add [B, T, C] to the cache, if there is one; all tokens' values so far [B, S, C]."""
-        values = values if values.ndim == 3 else values.unsqueeze(0)
         if self.cache is None:
             return values
         seen, _ = _layer(self.cache, site).update(values.unsqueeze(1), values.unsqueeze(1))

@@ -7,12 +7,13 @@ import os
 import random
 import tempfile
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
 import yaml
 
 from zoo.demo.config import DemoConfig
-from zoo.demo.tasks import TASKS, held_out_rows
+from zoo.demo.tasks import TASKS, held_out_rows, training_rows
 
 __all__ = ["DemoConfig", "demo_zoo"]
 
@@ -22,8 +23,9 @@ RECIPE = "recipe.json"
 def demo_zoo(directory: Path | None = None, *, config: DemoConfig | None = None) -> Path:
     """Train the demo zoo, or find the one trained before.
 
-    The directory holds `group.yaml`, the checkpoints `base` and one per expert, and `tasks/<expert>.jsonl` with
-    held-out rows, keys `prompt` and `completion`. An expert reads its prompt with a newline after it.
+    The directory holds `group.yaml`, the checkpoints `base` and one per expert, `tasks/<expert>.jsonl` with held-out
+    rows, keys `prompt` and `completion`, and `prompts/<expert>.jsonl` with prompts of the training split. An expert
+    reads its prompt with a newline after it.
 
     Args:
         directory: where the zoo goes; new, empty, or holding this very zoo. By default a directory under the user's
@@ -76,6 +78,11 @@ def _build(directory: Path, config: DemoConfig, recipe: str) -> None:
         rows = held_out_rows(task, config.test_rows, random.Random(f"{config.seed} test {task}"))
         lines = (json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
         (directory / "tasks" / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (directory / "prompts").mkdir()
+    for task in TASKS:
+        examples = islice(training_rows(task, random.Random(f"{config.seed} prompts {task}")), config.prompts)
+        lines = (json.dumps({"prompt": row.prompt}) + "\n" for row in examples)
+        (directory / "prompts" / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
     group = {"base": "base", "experts": {task: task for task in TASKS}}
     (directory / "group.yaml").write_text(yaml.safe_dump(group, sort_keys=False), encoding="utf-8")
     (directory / RECIPE).write_text(recipe, encoding="utf-8")

@@ -18,6 +18,7 @@ class DemoConfig:
         base_lr: peak learning rate of the base model.
         expert_lr: peak learning rate of each expert.
         test_rows: held-out rows written per task.
+        prompts: prompts of the training split written per task, to calibrate a router with.
         seed: of initialisation and of all generated data.
 
     Raises:
@@ -34,6 +35,7 @@ class DemoConfig:
     base_lr: float = 3e-3
     expert_lr: float = 1.5e-3
     test_rows: int = 100
+    prompts: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:

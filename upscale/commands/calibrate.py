@@ -1,0 +1,108 @@
+"""`upscale calibrate`: give a checkpoint a router that knows its experts' prompts."""
+
+import click
+from rich.table import Table
+
+from upscale.commands.display import console, progress_bar, quiet_libraries, shade
+from upscale.commands.options import settings
+from upscale.config import CalibrateConfig
+from upscale.errors import TaskError
+
+
+class _ManyPrompts(click.Command):
+    """Lets ``--prompts`` take several NAME=FILE at once."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        for arg in args:
+            after = len(spread) > 1 and spread[-2] == "--prompts" and "=" in arg and not arg.startswith("-")
+            spread += ["--prompts", arg] if after else [arg]
+        return super().parse_args(ctx, spread)
+
+
+@click.command(cls=_ManyPrompts)
+@click.argument("out", metavar="OUT")
+@click.option(
+    "--prompts",
+    multiple=True,
+    metavar="NAME=FILE...",
+    help="Example prompts of an expert, 4 or more: .jsonl with `prompt` (or `text`), or a text file of one a line. "
+    "base=FILE gives text that is to go to no expert.",
+)
+@click.option("--self", "by_itself", is_flag=True, help="No prompts: every expert writes its own examples.")
+@settings(CalibrateConfig)
+def calibrate(out: str, prompts: tuple[str, ...], by_itself: bool, **options) -> None:
+    """Fit the router of OUT to a few example prompts of each expert: no labels, no completions, no training.
+
+    Only the router's small file and config.json change, all or nothing; run it again with other prompts at any time.
+
+    \b
+    Examples:
+      upscale calibrate out --prompts math=math.jsonl --prompts code=code.jsonl --chat
+      upscale calibrate out --prompts math=math.txt code=code.txt base=anything.txt --prompt-template '{prompt}\\n'
+      upscale calibrate out --prompts math=math.jsonl code=code.jsonl --half-life 32
+      upscale calibrate out --self
+    """
+    from upscale.calibration import calibrate as run
+    from upscale.loading import locate, read_config
+    from upscale.prompts import load_prompts
+    from upscale.runtime.routing_upscaled import BASE
+
+    config = CalibrateConfig(**options)
+    if by_itself == bool(prompts):
+        raise TaskError("give either --prompts NAME=FILE for every expert, or --self")
+    given = None
+    if not by_itself:
+        experts = read_config(locate(out)).get("upscale", {}).get("experts", [])
+        given = load_prompts(_files(prompts), experts, BASE) if experts else {}
+        if few := [f"{name} ({len(texts)})" for name, texts in given.items() if len(texts) < 4]:
+            console.print(f"[yellow]warning[/] fewer than 4 prompts for {', '.join(few)}", highlight=False)
+    quiet_libraries()
+    with progress_bar("calibrating") as progress:
+        found = run(out, given, config, progress=progress)
+    show(found)
+    if BASE not in found.classes and not config.no_base:
+        console.print(
+            "[yellow]warning[/] no base class: what the base writes by itself is too much like the experts' prompts; "
+            "give --prompts base=FILE with text that is to go to no expert",
+            highlight=False,
+        )
+
+
+def _files(prompts: tuple[str, ...]) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for text in prompts:
+        name, found, file = text.partition("=")
+        if not found or not name or not file:
+            raise TaskError(f"--prompts {text}: write NAME=FILE")
+        files.setdefault(name, []).append(file)
+    return files
+
+
+def show(found) -> None:
+    """Print what a calibration found."""
+    if len(found.depths) > 1:
+        table = Table(title="Where to read, judged on texts left out of the fit", title_justify="left")
+        for column in ("depth", "right", "log loss", "shrinkage"):
+            table.add_column(column, justify="right")
+        for d in found.depths:
+            mark = "[bold]" if d.depth == found.depth else ""
+            table.add_row(f"{mark}{d.depth}", f"{d.accuracy:.1%}", f"{d.loss:.4f}", f"{d.shrinkage:g}")
+        console.print(table)
+    table = Table(title="Routing at the prompt's end, each text left out of its own fit", title_justify="left")
+    table.add_column("class")
+    for column in ("texts", "right", "confidence", *(["held out"] if found.held_out else [])):
+        table.add_column(column, justify="right")
+    for name in found.classes:
+        right = found.accuracy[name]
+        cells = [str(found.texts[name]), shade(right, f"{right:.1%}"), f"{found.confidence[name]:.2f}"]
+        if found.held_out:
+            cells.append(shade(found.held_out[name], f"{found.held_out[name]:.1%}"))
+        table.add_row(name, *cells)
+    console.print(table)
+    if found.held_out:
+        console.print(
+            "The texts are the experts' own. If an expert was trained on answers alone, it does not write prompts "
+            "like its users' and these figures promise little: give --prompts.",
+            highlight=False,
+        )
