@@ -96,7 +96,7 @@ def test_the_second_model_runner_gets_the_same_weights(gate):
         model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
         with set_current_vllm_config(config):
             state = init_model_state(config, model, None, cpu)
-        assert _older_model_state(config, model).__mro__[1:] == type(state).__mro__[1:]
+        assert isinstance(state, _older_model_state(config, object()))  # the fallback for versions that do not say
         address = model.prompt_weights.tensor.data_ptr()
         params = {}
         for index, expert in ((5, "e2"), (0, "e1"), (5, "e3")):  # an index that is used again

@@ -1,4 +1,4 @@
-"""`--rest experts`: embeddings, positions, output heads and norms are experts too, so that forcing one is its fine-tune."""
+"""`--rest experts`: embeddings, heads and norms are experts too, so that forcing an expert is its fine-tune."""
 
 import copy
 import json
@@ -183,7 +183,7 @@ def test_a_tied_head_whose_embeddings_are_excluded_has_factors_of_its_own(tied, 
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2, GEMMA2], ids=lambda a: a.name, indirect=True)
 @pytest.mark.parametrize("gain", [0.0, 1e-40])
 def test_a_gain_of_zero_cannot_be_scaled_and_is_reported(architecture, tmp_path, gain):
-    """Where the base's gain is 0, or so small that a quotient overflows, the expert's gain is lost, and nothing else."""
+    """Or a gain so small that the quotient overflows: there the expert's own gain is lost, and nothing else."""
     stored = gain - 1 if architecture is GEMMA2 else gain  # Gemma stores what is added to 1
     at = [3, 17]
     base, tune = architecture.model(0), perturbed(architecture, 1)
@@ -237,7 +237,7 @@ def assert_rounded_once(got, exact):
     assert ((got.double() - exact).abs() <= 0.501 * ulp + 1e-7).all()
 
 
-# --------------------------------------------------------------------------------------------------------------- budgets
+# -------------------------------------------------------------------------------------------------------------- budgets
 def test_the_smallest_budget_that_is_named_can_be_met_and_nothing_smaller(groups, tmp_path):
     group = groups(QWEN2, 2)
     with pytest.raises(ConfigError, match="with one direction for every expert") as error:
