@@ -64,11 +64,15 @@ class VllmEngine:
     def _run(self, prompts: list[Any], *, chat: bool = False, **sampling: Any) -> list[Any]:
         assert self.llm is not None, "force() comes first"
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
 
         run = self.llm.chat if chat else self.llm.generate
         try:
             return run(prompts, SamplingParams(temperature=0.0, **sampling), use_tqdm=False)
-        except ValueError as error:  # e.g. a prompt longer than the model's context, or no chat template
+        except (
+            ValueError,
+            VLLMValidationError,
+        ) as error:  # e.g. a prompt longer than the model's context, or no chat template
             raise EngineError(f"vLLM refuses: {' '.join(str(error).split())}") from error
 
     def _load(self, expert: str | None):

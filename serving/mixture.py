@@ -99,7 +99,7 @@ class Mixture(nn.Module):
         return (x[..., :width], x[..., width:]) if self.carries else (x, None)
 
     def forward(self, x: Tensor, y: Tensor, given: Tensor | None = None) -> Tensor:
-        """Add the experts' part to the base's output: ``x`` [T, i], ``y`` [T, o], ``given`` weights [T, E] -> [T, o]."""
+        """Add the experts' part for ``x`` [T, i] to the base's output ``y`` [T, o]; weights [T, E] may be ``given``."""
         z = F.linear(x, self.down)
         seen = tensor_model_parallel_all_reduce(z.clone()) if self.by_row else z
         pieces, projections = [], z.split(self.sizes, dim=-1)

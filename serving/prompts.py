@@ -128,10 +128,15 @@ def filling(prepare: Callable) -> Callable:
 
 def deciding(process: Callable) -> Callable:
     """Wrap ``process_inputs`` of vLLM's input processor."""
+    from vllm.exceptions import VLLMValidationError
 
     @wraps(process)
     def wrapped(processor: Any, *args, **kwargs):
-        return decide(processor, process(processor, *args, **kwargs))
+        request = process(processor, *args, **kwargs)
+        try:
+            return decide(processor, request)
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from error  # a server answers no other one with status 400
 
     return wrapped
 

@@ -35,7 +35,10 @@ BAD_OPTIONS = {
     "--granularity prompt": (2, "'prompt' is not one of 'token', 'prefix'"),
     "--rest mine": (2, "'mine' is not one of 'experts', 'base', 'average'"),
     "--top-k 4": (1, "--top-k 4 is more than the group's 3 experts"),
-    "--include nothing.*": (1, "--include and --exclude leave nothing to upscale; the model's modules are *.mlp.down_proj"),
+    "--include nothing.*": (
+        1,
+        "--include and --exclude leave nothing to upscale; the model's modules are *.mlp.down_proj",
+    ),
     "--exclude *": (1, "--include and --exclude leave nothing to upscale"),
     "--device nonsense": (1, "--device nonsense: "),
     "--device meta": (1, "--device meta: "),

@@ -14,13 +14,15 @@ import upscale
 from serving.running import running_server
 from tests.architectures import TABLE
 from tests.conftest import perturbed, save_model
+from upscale.calibration import calibrate
 from upscale.config import EvalConfig
 from upscale.engines import TransformersEngine
 from upscale.tasks import Row, Task
 from zoo import Group
 
 LLAMA = next(architecture for architecture in TABLE if architecture.name == "llama")
-PROMPTS = [f"{'word ' * (n % 17)}{n}" for n in range(40)]
+WORDS = {"e1": "word ", "e2": "12 ", "e3": "(+) ", "base": "Q?! "}  # of each expert's prompts
+PROMPTS = [f"{list(WORDS.values())[n % 4] * (3 + n // 4 % 9)}{n}" for n in range(40)]
 TOKENS = 12
 
 
@@ -35,7 +37,8 @@ def checkpoint(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("served")
     base = save_model(answers_in_ascii(LLAMA.model(seed=0)), root / "base")
     tunes = {f"e{n}": save_model(answers_in_ascii(perturbed(LLAMA, n)), root / f"e{n}") for n in (1, 2, 3)}
-    upscale.smile(Group.of(base, tunes), root / "smile", rank=8, router_rank=4, top_k=2)
+    upscale.smile(Group.of(base, tunes), root / "smile", rank=8)
+    calibrate(root / "smile", {name: [word * n for n in (2, 3, 5, 8)] for name, word in WORDS.items()})
     return root / "smile"
 
 
@@ -62,16 +65,39 @@ def test_the_model_is_served_under_its_directory_name(client):
 
 
 def test_two_hundred_concurrent_requests_answer_as_transformers_does(client, checkpoint):
-    expected = in_transformers(checkpoint, PROMPTS)
+    """Each is routed by its prompt, or goes to the expert that it asks for; all share batches."""
+    asked = (None, None, *WORDS)
+    expected = {expert: in_transformers(checkpoint, PROMPTS, expert=expert) for expert in dict.fromkeys(asked)}
+    assert expected[None] == [expected[list(WORDS)[n % 4]][n] for n in range(len(PROMPTS))]  # routed as calibrated
+    assert len({tuple(answers) for answers in expected.values()}) == 5
 
     def ask(number):
-        prompt = PROMPTS[number % len(PROMPTS)]
-        reply = client.completions.create(model="smile", prompt=prompt, max_tokens=TOKENS, temperature=0)
+        prompt, expert = PROMPTS[number % len(PROMPTS)], asked[number % len(asked)]
+        extra = {"vllm_xargs": {"expert": expert}} if expert else None
+        reply = client.completions.create(
+            model="smile", prompt=prompt, max_tokens=TOKENS, temperature=0, extra_body=extra
+        )
         return reply.choices[0].text
 
     with ThreadPoolExecutor(200) as pool:
         answers = list(pool.map(ask, range(200)))
-    assert answers == [expected[number % len(PROMPTS)] for number in range(200)]
+    assert answers == [expected[asked[n % len(asked)]][n % len(PROMPTS)] for n in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("expert", "message"),
+    [("poetry", "no expert poetry in this model; it has e1, e2, e3 and base"), (["e1"], "expert must be one name")],
+)
+def test_a_request_for_an_unknown_expert_is_refused(client, expert, message):
+    body = {"model": "smile", "extra_body": {"vllm_xargs": {"expert": expert}}}
+    messages = [{"role": "user", "content": "1"}]
+    with pytest.raises(openai.BadRequestError, match=message) as refused:
+        client.completions.create(prompt="1", **body)
+    assert "\n" not in refused.value.body["message"]
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.chat.completions.create(messages=messages, **body)
+    with pytest.raises(openai.APIError, match=message):  # a stream has begun when vLLM looks at a request
+        list(client.chat.completions.create(messages=messages, stream=True, **body))
 
 
 def test_chat_streams_what_transformers_answers(client, checkpoint):

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 
 import upscale
+from serving.engine import VllmEngine
 from tests.architectures import TABLE
 from tests.conftest import perturbed, save_model
 from tests.vllm_runs import LENGTHS, assert_parity, generate, logprobs, prompts, vllm_engine
+from upscale.config import EvalConfig
+from upscale.errors import EngineError
 from zoo import Group
 
 BY_NAME = {architecture.name: architecture for architecture in TABLE}
@@ -53,9 +57,13 @@ def test_an_engine_for_one_expert_of_full_rank_is_its_fine_tune(architecture, gr
     out, _ = builds(architecture, 3, rank=10_000)
     with vllm_engine(out, additional_config={"upscale": {"expert": "e2"}}) as llm:
         assert_parity(upscale.load(group.experts["e2"].location), generate(llm, prompts(LENGTHS), prompt_logprobs=1))
-        with pytest.raises(ValueError, match="this engine routes every request to e2, not to e1"):
+        with pytest.raises(VLLMValidationError, match="this engine routes every request to e2, not to e1"):
             generate(llm, prompts([3]), experts=["e1"])
         assert_parity(upscale.load(group.experts["e2"].location), generate(llm, prompts([17]), experts=["e2"]))
+        engine = VllmEngine(str(out), EvalConfig())
+        engine.llm = llm
+        with pytest.raises(EngineError, match=r"vLLM refuses: .*224"):
+            engine.answer(["too long" * 100], lambda _: None)
 
 
 @some("llama")
@@ -67,7 +75,9 @@ def test_experts_equal_to_the_base_give_the_base(architecture, groups, tmp_path)
         plain = [logprobs(output) for output in generate(llm, prompts(LENGTHS))]
     with vllm_engine(tmp_path / "out") as llm:
         upscaled = [logprobs(output) for output in generate(llm, prompts(LENGTHS))]
-        with pytest.raises(ValueError, match="an expert for one request needs a router that decides by prompt"):
+        with pytest.raises(
+            VLLMValidationError, match="an expert for one request needs a router that decides by prompt"
+        ):
             generate(llm, prompts([3]), experts=["a"])
     for a, b in zip(plain, upscaled, strict=True):
         assert torch.equal(a, b)

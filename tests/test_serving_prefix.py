@@ -4,7 +4,7 @@ import pytest
 
 import upscale
 from tests.architectures import TABLE
-from tests.vllm_runs import LENGTHS, assert_parity, chosen, gated, generate, prompts, vllm_engine
+from tests.vllm_runs import LENGTHS, assert_parity, chosen, gated, generate, preemptions, prompts, vllm_engine
 
 BY_NAME = {architecture.name: architecture for architecture in TABLE}
 
@@ -41,25 +41,26 @@ def test_a_calibrated_router_follows_the_prefix(name, mode, depth, router, build
         assert_parity_in_all_ways(model, llm)
 
 
-def test_a_preempted_request_goes_on_as_before(builds, tmp_path, monkeypatch):
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    preempted, preempt = [], Scheduler._preempt_request
-    monkeypatch.setattr(Scheduler, "_preempt_request", lambda *args: (preempted.append(1), preempt(*args))[1])
+def test_a_preempted_request_goes_on_as_before(builds, tmp_path):
     llama = BY_NAME["llama"]
     built, _ = builds(llama, 3, rank=16)
     out = gated(built, tmp_path / "out", 64, depth=1, granularity="prefix", top_k=1)
     model = upscale.load(out)
-    with vllm_engine(out, num_gpu_blocks_override=24) as llm:
+    with vllm_engine(out, num_gpu_blocks_override=24) as llm, preemptions() as preempted:
         assert_parity_in_all_ways(model, llm)
-        assert not preempted
+        assert not preempted.called
         assert_parity(model, generate(llm, prompts([60] * 8, seed=2), tokens=60))  # 32 blocks, of which there are 23
-        assert preempted
+        assert preempted.called
 
 
 @pytest.mark.parametrize(
     ("name", "scope", "granularity"),
-    [("llama", "linear", "prefix"), ("gpt2", "block", "prefix"), ("qwen2", "model", "prefix"), ("gemma2", "model", "token")],
+    [
+        ("llama", "linear", "prefix"),
+        ("gpt2", "block", "prefix"),
+        ("qwen2", "model", "prefix"),
+        ("gemma2", "model", "token"),
+    ],
 )
 def test_projections_speak_for_other_layers_and_the_prefix(name, scope, granularity, builds):
     out, _ = builds(BY_NAME[name], 3, rank=16, router_rank=4, scope=scope, granularity=granularity)

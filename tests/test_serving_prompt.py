@@ -3,10 +3,11 @@
 import pytest
 import torch
 from vllm.config import set_current_vllm_config
+from vllm.exceptions import VLLMValidationError
 
 import upscale
 from tests.architectures import TABLE
-from tests.vllm_runs import LENGTHS, assert_parity, chosen, gated, generate, logprobs, prompts, vllm_engine
+from tests.vllm_runs import LENGTHS, assert_parity, chosen, gated, generate, logprobs, preemptions, prompts, vllm_engine
 
 LLAMA = TABLE[0]
 MIXED = (3, 17, 33, 40, 64, 90, 100, 150)
@@ -46,17 +47,13 @@ def test_every_request_meets_its_expert(architecture, groups, gate):
             assert all(torch.equal(logprobs(o), b) for o, b in zip(generate(llm, requests), base, strict=True))
 
 
-def test_requests_share_no_prefix_across_experts(gate, monkeypatch):
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    preempted, preempt = [], Scheduler._preempt_request
-    monkeypatch.setattr(Scheduler, "_preempt_request", lambda *args: (preempted.append(1), preempt(*args))[1])
+def test_requests_share_no_prefix_across_experts(gate):
     out = gate(LLAMA)
     model = upscale.load(out)
     (long,) = prompts([100])
     (free,) = [("e1", "e2", "e3", "base")[number] for number in chosen(model, [long])]  # -1 is "base"
     other = "e1" if free != "e1" else "e2"
-    with vllm_engine(out, num_gpu_blocks_override=24) as llm:
+    with vllm_engine(out, num_gpu_blocks_override=24) as llm, preemptions() as preempted:
         alone = {}
         for expert in (free, other):
             (first,) = generate(llm, [long], experts=[expert])
@@ -73,14 +70,16 @@ def test_requests_share_no_prefix_across_experts(gate, monkeypatch):
         assert_parity(model, [both])
 
         for bad in ("poetry", ["e1"], 3):
-            with pytest.raises(ValueError, match="no expert poetry in this model; it has e1, e2, e3 and base|one name"):
+            with pytest.raises(
+                VLLMValidationError, match=r"no expert poetry in this model; it has e1, e2, e3 and base|one name"
+            ):
                 generate(llm, [long, long], experts=[free, bad])
 
         requests = prompts([60] * 8, seed=2)
         assert len(chosen(model, requests)) > 1
-        assert not preempted
+        assert not preempted.called
         assert_parity(model, generate(llm, requests, tokens=60))  # 32 blocks, of which there are 23
-        assert preempted
+        assert preempted.called
 
 
 def test_the_second_model_runner_gets_the_same_weights(gate):

@@ -78,7 +78,9 @@ def test_averaged_rest_is_the_mean_and_its_report_what_is_missed(architecture, g
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rest": "base", "lm_head": True}, {"rest": "average", "dtype": "float16"}, {"exact": True}], ids=str
+    "options",
+    [{}, {"rest": "base", "lm_head": True}, {"rest": "average", "dtype": "float16"}, {"exact": True}],
+    ids=str,
 )
 def test_the_plan_bounds_what_is_written_and_progress_ends_at_its_total(architecture, groups, tmp_path, options):
     group, config = groups(architecture, 2), SmileConfig(rank=8, **options)

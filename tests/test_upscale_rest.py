@@ -118,12 +118,12 @@ def test_what_is_excluded_stays_the_bases_and_is_reported(architecture, groups, 
     model = load(out)
     base, experts = paths(groups(architecture, 2))
     assert not any(excluded(name) for name in model.layout.modules)
-    was = dict(plain(base).named_parameters())
+    was = {n: p.data for n, p in plain(base).named_parameters()}
     for name, path in experts.items():
         with model.force(name):
             held = {"w": torch.ones(*IDS.shape, 1)}
             close(logits(model), logits(blended(base, [path], held, lambda n: not excluded(n))))
-        now = dict(plain(path).named_parameters())
+        now = {n: p.data for n, p in plain(path).named_parameters()}
         lost = sum(float((now[n] - was[n]).norm()) ** 2 for n in was if excluded(n.rpartition(".")[0]))
         assert report.left_behind(name)[1] == pytest.approx(lost**0.5, rel=1e-5)
 
@@ -252,5 +252,5 @@ def test_the_smallest_budget_that_is_named_can_be_met_and_nothing_smaller(groups
     for number in range(2):
         assert sum(m["ranks"][number] for m in modules if "tied" not in m) >= 1
     for energy in (0.5, 0.95):
-        report = smile(group, tmp_path / f"{energy}", energy=energy)
-        assert all(energy <= kept < energy + 0.02 for kept in report.energy.values())
+        report = smile(group, tmp_path / f"{energy}", energy=energy, exact=True)
+        assert all(energy <= kept < energy + 0.01 for kept in report.energy.values())

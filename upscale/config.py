@@ -139,7 +139,7 @@ class CalibrateConfig:
     def __post_init__(self):
         if self.depth and self.granularity == "prompt":
             raise ConfigError("--depth needs --granularity prefix: of a prompt, only the embeddings are known at once")
-        for name, least in (("top_k", 0), ("continuation", 0), ("samples", 2), ("depth", 0), ("seed", 0)):
+        for name, least in (("top_k", 0), ("continuation", 0), ("samples", 4), ("depth", 0), ("seed", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         if self.half_life is not None and not 0 < self.half_life < float("inf"):

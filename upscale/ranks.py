@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from upscale.budget import for_energy, parse_budget, within_budget
+from upscale.budget import energies_of, for_energy, parse_budget, within_budget
 from upscale.config import SmileConfig
-from upscale.skeleton import Linear
+from upscale.skeleton import Linear, skeleton
 from upscale.spectra import spectra
-from zoo import TensorSpec, Verdict
+from zoo import Checkpoint, TensorSpec, Verdict
 
 Progress = Callable[[int, int, str], None]  # done, in all, what is being done
 
@@ -37,18 +37,29 @@ def choose_ranks(
     if config.budget is None and config.energy is None:
         most = {n.name: min(config.rank, n.in_features, n.out_features) for n in linears}
         return {name: (rank,) * len(experts) for name, rank in most.items()}
-    found = spectra(verdict, linears, device=config.device, progress=progress).of(n.name for n in linears)
-    cost = {n.name: (n.in_features + n.out_features) * declared[n.weight].dtype.itemsize for n in linears}
+    found = spectra(verdict, linears, device=config.device, progress=progress)
+    energies = energies_of(found.values, heads(verdict.base, linears))
     if config.energy is not None:
-        chosen = for_energy(found.values, cost, energy=config.energy)
+        chosen = for_energy(energies, energy=config.energy)
     else:
         biases = sum(declared[n.bias].nbytes * len(experts) for n in linears if n.bias is not None)
         base = sum(info.nbytes for info in verdict.base.tensors.values())
         chosen = within_budget(
-            found.values,
-            cost,
+            energies,
+            costs(linears, declared),
             budget=parse_budget(str(config.budget)),
             base_bytes=base,
             fixed_bytes=fixed + biases,
         )
     return {n.name: tuple(chosen[n.name][e] for e in experts) for n in linears}
+
+
+def costs(linears: Sequence[Linear], declared: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Bytes that one direction takes, by module."""
+    return {n.name: (n.in_features + n.out_features) * declared[n.weight].dtype.itemsize for n in linears}
+
+
+def heads(base: Checkpoint, linears: Sequence[Linear]) -> set[str]:
+    """The modules whose factors make logits: the output head, or the embedding that shares its weight with it."""
+    weights = {n.weight for n in skeleton(base).linears if n.head}
+    return {n.name for n in linears if n.weight in weights}

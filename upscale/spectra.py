@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from upscale import spectra_cache
 from upscale.device import check_device
@@ -90,26 +91,20 @@ class Spectra:
         )
 
     def energy_by_rank(self, expert: str) -> Tensor:
-        """Part of an expert's energy, over all modules, that is kept at rank 1, 2, ... in each: [n] float64."""
-        longest = max(len(values[expert]) for values in self.values.values())
-        total = torch.zeros(longest, dtype=torch.float64)
-        for values in self.values.values():
-            total[: len(values[expert])] += values[expert]
-        kept = total.cumsum(0)
-        return kept / kept[-1] if kept[-1] > 0 else torch.ones_like(kept)
+        """Part of a delta's energy that is kept at rank 1, 2, ..., mean over modules: [n] float64.
+
+        A mean, because the squared norm of one module, an output head, can be most of all modules' together.
+        """
+        kept = [by_expert[expert].cumsum(0) for by_expert in self.values.values()]
+        longest = max(map(len, kept))
+        parts = [k / k[-1] if k[-1] > 0 else torch.ones_like(k) for k in kept]
+        return torch.stack([pad(part, (0, longest - len(part)), value=1.0) for part in parts]).mean(dim=0)
 
     def energy_at(self, rank: int) -> dict[str, dict[str, float]]:
         """Part of each delta's energy that is kept at a rank, by module and expert; 1 for a delta of zero."""
         return {
             module: {e: float(v[:rank].sum() / v.sum()) if v.any() else 1.0 for e, v in values.items()}
             for module, values in self.values.items()
-        }
-
-    def rank_for(self, energy: float) -> dict[str, dict[str, int]]:
-        """The smallest rank that keeps so much of the energy, in each module and expert on its own."""
-        return {
-            module: {e: _rank_for(values, energy) for e, values in by_expert.items()}
-            for module, by_expert in self.values.items()
         }
 
     def overlap(self) -> Tensor:
@@ -230,8 +225,3 @@ def overlap(subspaces: Sequence[Tensor]) -> Tensor:
     """
     rows = [[(a @ b.mT).square().sum() / min(len(a), len(b)) for b in subspaces] for a in subspaces]
     return torch.stack([torch.stack(row) for row in rows])
-
-
-def _rank_for(values: Tensor, energy: float) -> int:
-    kept = values.cumsum(0)
-    return int(torch.searchsorted(kept, energy * kept[-1])) + 1 if kept[-1] > 0 else 0

@@ -69,6 +69,19 @@ def generate(model, ids, mask=None, **kwargs):
     return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1)
 
 
+def beam_search(score, prompt, beams, steps):
+    """The likeliest hypothesis after so many steps; ``score(ids)`` gives the logits [1, T, V] of a whole pass."""
+    kept = [(0.0, prompt.tolist())]
+    for _ in range(steps):
+        longer = []
+        for total, ids in kept:
+            said = score(torch.tensor([ids]))[0, -1].double().log_softmax(dim=-1)
+            values, tokens = said.topk(beams)
+            longer += [(total + float(v), [*ids, int(t)]) for v, t in zip(values, tokens, strict=True)]
+        kept = sorted(longer, key=lambda pair: -pair[0])[:beams]
+    return torch.tensor(kept[0][1][len(prompt) :])
+
+
 def padded(rows):
     """Left-padded ids and mask."""
     longest = max(map(len, rows))

@@ -43,7 +43,8 @@ def spectra(
     """Show how low-rank the deltas of GROUP's experts are, how alike, and what keeping them takes.
 
     Computes every singular value of every delta, once; the user's cache keeps them for `upscale smile --budget` and
-    --energy. Decides nothing.
+    --energy. Decides nothing. An energy is a part of the squared delta that every module and expert keeps; the output
+    head then loses a tenth as much as others may, since the answer hangs on the least of its delta.
 
     \b
     Examples:
@@ -52,10 +53,12 @@ def spectra(
       upscale spectra --base base --expert math=ft-math --expert code=ft-code --json spectra.json --device cuda
     """
     import zoo
+    from upscale.budget import energies_of, for_energy
     from upscale.config import SmileConfig
     from upscale.methods import smile as method
     from upscale.plan import make_plan
     from upscale.plots import check_drawing, draw
+    from upscale.ranks import heads
     from upscale.spectra import spectra as compute
 
     if plot is not None:
@@ -67,16 +70,19 @@ def spectra(
     verdict = zoo.check(group)
     # What `upscale smile` makes of the group by default, and with the least of it.
     plans = {rest: make_plan(verdict, method, SmileConfig(rest=rest, device=device)) for rest in ("experts", "base")}
+    plan = plans["experts"]
     with progress_bar("spectra") as progress:
-        found = compute(verdict, plans["experts"].linears, device=device, progress=progress)
+        found = compute(verdict, plan.linears, device=device, progress=progress)
+    energies = energies_of(found.values, heads(plan.base, plan.linears))
+    wanted = {energy: for_energy(energies, energy=energy) for energy in ENERGIES}
     ranks = sorted({*RANKS, rank})
-    sizes = {rest: _sizes(plan, found) for rest, plan in plans.items()}
+    sizes = {rest: {energy: _size(each, wanted[energy]) for energy in ENERGIES} for rest, each in plans.items()}
     _show_energy(found, ranks)
-    _show_ranks(found)
+    _show_ranks(found, wanted)
     _show_overlap(found)
-    _show_sizes(sizes, plans["experts"].base_bytes)
+    _show_sizes(sizes, plan.base_bytes)
     if json_file is not None:
-        content = _to_json(found, ranks, sizes, plans["experts"].base_bytes)
+        content = _to_json(found, ranks, wanted, sizes, plan.base_bytes)
         Path(json_file).write_text(json.dumps(content, indent=1) + "\n")
     if plot is not None:
         draw(found, Path(plot), rank=rank)
@@ -88,15 +94,14 @@ def _check_writable(option: str, file: str | None) -> None:
         raise ConfigError(f"{option} {file}: no file can be written there")
 
 
-def _sizes(plan, found) -> dict[float, int]:
-    """Bytes of the result by the energy that every expert keeps in the plan's modules."""
-    from upscale.budget import nbytes, sizes_for
+def _size(plan, ranks) -> int:
+    """Bytes of the result with these ranks in the plan's modules."""
+    from upscale.budget import nbytes
+    from upscale.ranks import costs
 
-    cost = {n.name: (n.in_features + n.out_features) * plan.declared[n.weight].dtype.itemsize for n in plan.linears}
+    cost = costs(plan.linears, plan.declared)
     planned = {n.name: dict(zip(plan.experts, plan.layouts[n.name].ranks, strict=True)) for n in plan.linears}
-    fixed = plan.result_bytes - nbytes(planned, cost)
-    part = found.of(n.name for n in plan.linears)
-    return {energy: fixed + factors for energy, factors in sizes_for(part.values, cost, ENERGIES).items()}
+    return plan.result_bytes - nbytes(planned, cost) + nbytes({name: ranks[name] for name in planned}, cost)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -107,39 +112,37 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _mean_energy(found, expert: str, rank: int) -> float:
-    """Mean over modules: of all energy together, an output head can be most."""
-    kept = [by_expert[expert] for by_expert in found.energy_at(rank).values()]
-    return sum(kept) / len(kept)
+def _energy(found, ranks: list[int]) -> dict[str, dict[int, float]]:
+    """Energy kept at each of ``ranks``, mean over modules, by expert and rank."""
+    kept = {expert: found.energy_by_rank(expert).tolist() for expert in found.experts}
+    return {expert: {rank: part[min(rank, len(part)) - 1] for rank in ranks} for expert, part in kept.items()}
 
 
 def _show_energy(found, ranks: list[int]) -> None:
     table = _table(
         "Energy kept at one rank, mean over modules", "expert", "delta's norm", *(f"rank {r}" for r in ranks)
     )
-    for expert in found.experts:
+    for expert, kept in _energy(found, ranks).items():
         norm = math.hypot(*(norms[expert] for norms in found.norms.values()))
-        kept = [_mean_energy(found, expert, rank) for rank in ranks]
-        table.add_row(expert, f"{norm:.4g}", *(shade(value, f"{value:.1%}") for value in kept))
+        table.add_row(expert, f"{norm:.4g}", *(shade(value, f"{value:.1%}") for value in kept.values()))
     console.print(table)
 
 
-def _show_ranks(found) -> None:
+def _show_ranks(found, wanted: dict[float, dict[str, dict[str, int]]]) -> None:
     from upscale.plan import kind
 
     table = _table(
-        "Rank for an energy: mean over blocks and experts (largest)",
+        "Rank for an energy, as --energy takes it: mean over blocks and experts (largest)",
         "kind",
         "modules",
         "full rank",
-        *(f"{energy:.0%}" for energy in ENERGIES),
+        *(f"{energy:.0%}" for energy in wanted),
     )
-    wanted = [found.rank_for(energy) for energy in ENERGIES]
     for name in dict.fromkeys(map(kind, found.values)):
         modules = [module for module in found.values if kind(module) == name]
         full = max(len(values) for module in modules for values in found.values[module].values())
         cells = []
-        for by_module in wanted:
+        for by_module in wanted.values():
             ranks = [rank for module in modules for rank in by_module[module].values()]
             cells.append(f"{sum(ranks) / len(ranks):.0f} ({max(ranks)})")
         table.add_row(name, str(len(modules)), str(full), *cells)
@@ -171,7 +174,7 @@ def _blue(value: float, text: str) -> str:
 
 def _show_sizes(sizes: dict[str, dict[float, int]], base_bytes: int) -> None:
     table = _table(
-        f"Size for an energy of every expert; base: {size(base_bytes)}",
+        f"Size for an energy of every module and expert; base: {size(base_bytes)}",
         "energy",
         "of all modules",
         "of blocks alone (--rest base)",
@@ -182,9 +185,14 @@ def _show_sizes(sizes: dict[str, dict[float, int]], base_bytes: int) -> None:
     console.print(table)
 
 
-def _to_json(found, ranks: list[int], sizes: dict[str, dict[float, int]], base_bytes: int) -> dict:
+def _to_json(
+    found,
+    ranks: list[int],
+    wanted: dict[float, dict[str, dict[str, int]]],
+    sizes: dict[str, dict[float, int]],
+    base_bytes: int,
+) -> dict:
     """Plain values: no singular values, which are many, but what follows from them. An overlap that is none is null."""
-    wanted = {energy: found.rank_for(energy) for energy in ENERGIES}
     kept = {rank: found.energy_at(rank) for rank in ranks}
     modules = {}
     for name, norms in found.norms.items():
@@ -198,7 +206,7 @@ def _to_json(found, ranks: list[int], sizes: dict[str, dict[float, int]], base_b
         "experts": list(found.experts),
         "base_bytes": base_bytes,
         "result_bytes": {rest: {str(e): n for e, n in by_energy.items()} for rest, by_energy in sizes.items()},
-        "energy": {e: {str(rank): _mean_energy(found, e, rank) for rank in ranks} for e in found.experts},
+        "energy": {e: {str(rank): part for rank, part in kept.items()} for e, kept in _energy(found, ranks).items()},
         "overlap": _rows(found.overlap()),
         "overlap_by_block": {name: _rows(matrix) for name, matrix in found.overlap_by_block().items()},
         "overlap_by_chance": _chance(found),

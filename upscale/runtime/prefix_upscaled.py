@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from .routers_upscaled import Router
 
@@ -53,7 +53,7 @@ class Prefix:
         router.mean, router.whole = self.mean, self.whole
         self.mask: Tensor | None = None
         self.cache: Cache | None = None
-        self.sequences = 1
+        self.sequences, self.drafts = 1, 0
 
     def begin(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the model: a pass begins."""
@@ -67,6 +67,11 @@ class Prefix:
             raise ValueError("the router reads tokens: give the model input_ids, not inputs_embeds")
         self.sequences = next((x.shape[0] for x in (tokens, embedded) if x is not None), 1)
         self.mask, self.cache = _mask(given.get("attention_mask")), given.get("past_key_values")
+        if any(isinstance(layer, StaticLayer) for layer in getattr(self.cache, "layers", ())):
+            raise ValueError("a router that looks at the text so far needs a cache that grows, not a static one")
+        # Assisted decoding may give its drafts with the prompt; it asks for the logits from the prompt's end on.
+        kept = given.get("logits_to_keep")
+        self.drafts = kept - 1 if isinstance(kept, int) and kept > 1 and self.cache is not None else 0
         if "past_key_values" not in names:
             if given.get("use_cache", model.config.use_cache):
                 kwargs = {**kwargs, "use_cache": False}  # its cache cannot hold the means: each pass starts anew
@@ -87,13 +92,13 @@ class Prefix:
     def whole(self, site: str, values: Tensor) -> Tensor:
         """The mean of ``values`` [B, T, C] over the prompt, for every token; what a cache holds already is its mean.
 
-        The prompt is what is given to an empty cache.
+        The prompt is what is given to an empty cache, without the drafts of assisted decoding.
         """
         layer = None if self.cache is None else _layer(self.cache, site)
         if layer is not None and layer.values is not None and layer.get_seq_length():
             means = layer.values[:, 0, -1:]
         else:
-            means = self._means(values, 1)
+            means = self._means(values, 1 + self.drafts)[:, :1]
         means = means.expand(-1, values.shape[1], -1)
         self._remember(site, means)
         return means
@@ -110,7 +115,7 @@ class Prefix:
         if mask.shape[1] != seen.shape[1]:
             raise ValueError(
                 f"the attention mask covers {mask.shape[1]} tokens, the router has seen {seen.shape[1]}: "
-                "give the cache and the mask of the same sequences (static caches are not supported)"
+                "give the cache and the mask of the same sequences"
             )
         return running_mean(seen, mask.to(seen.device), tokens, self.router.half_life)
 
