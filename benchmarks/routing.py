@@ -20,13 +20,13 @@ from pathlib import Path
 import click
 
 from upscale import smile
-from upscale.calibration import calibrate
+from upscale.calibrating.calibration import calibrate
+from upscale.calibrating.prompts import load_prompts
 from upscale.commands.display import console, progress_bar, quiet_libraries
 from upscale.commands.eval import show
 from upscale.config import EvalConfig
-from upscale.evaluation import evaluate
-from upscale.prompts import load_prompts
-from upscale.results import summarise, to_json
+from upscale.evaluating.evaluation import evaluate
+from upscale.evaluating.results import summarise, to_json
 from zoo import Group
 
 HERE = Path(__file__).resolve().parent

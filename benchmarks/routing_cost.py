@@ -19,9 +19,9 @@ import click
 import torch
 
 import upscale
-from upscale.calibration import calibrate
+from upscale.calibrating.calibration import calibrate
+from upscale.calibrating.prompts import load_prompts
 from upscale.commands.display import console, quiet_libraries
-from upscale.prompts import load_prompts
 from zoo import Group
 
 HERE = Path(__file__).resolve().parent

@@ -38,7 +38,9 @@ def checked(hook: type | None, check: Callable[[Any], None]) -> type:
     """``hook`` of an architecture on vLLM's configuration, after ``check`` of it."""
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-    class Checked(hook or VerifyAndUpdateConfig):
+    base: Any = hook or VerifyAndUpdateConfig
+
+    class Checked(base):
         @classmethod
         def verify_and_update_config(cls, vllm_config: Any) -> None:
             check(vllm_config)

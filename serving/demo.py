@@ -21,8 +21,8 @@ from upscale.config import CalibrateConfig, EvalConfig, SmileConfig
 from zoo import Group, ZooError
 
 if TYPE_CHECKING:
-    from upscale.evaluation import Result
-    from upscale.tasks import Task
+    from upscale.evaluating.evaluation import Result
+    from upscale.evaluating.tasks import Task
 
 SMILE = SmileConfig(rank=32)
 TEMPLATE = "{prompt}\\n"
@@ -62,8 +62,8 @@ def demo(limit: int, record: str | None) -> None:
     Example:
       upscale demo
     """
-    from upscale.merging import merge
-    from upscale.tasks import load_tasks
+    from upscale.evaluating.tasks import load_tasks
+    from upscale.merging.merging import merge
     from zoo.demo import demo_zoo
 
     require_vllm()
@@ -111,7 +111,7 @@ def demo(limit: int, record: str | None) -> None:
 
 
 def _build(group: Group, out: Path) -> None:
-    from upscale.build import smile
+    from upscale.building.build import smile
     from upscale.commands.smile import show_report
 
     with progress_bar("upscaling") as progress:
@@ -120,9 +120,9 @@ def _build(group: Group, out: Path) -> None:
 
 
 def _calibrate(model: Path, prompts: Path, experts: Sequence[str]) -> None:
-    from upscale.calibration import calibrate
+    from upscale.calibrating.calibration import calibrate
+    from upscale.calibrating.prompts import load_prompts
     from upscale.commands.calibrate import show
-    from upscale.prompts import load_prompts
 
     given = load_prompts({name: [prompts / f"{name}.jsonl"] for name in experts}, experts, "base")
     with progress_bar("calibrating") as progress:
@@ -132,7 +132,7 @@ def _calibrate(model: Path, prompts: Path, experts: Sequence[str]) -> None:
 
 def _evaluate(group: Group, made: Path, tasks: Sequence["Task"]) -> list["Result"]:
     from upscale.commands.eval import show
-    from upscale.evaluation import evaluate
+    from upscale.evaluating.evaluation import evaluate
 
     plain = {"base": group.base.location, **{name: source.location for name, source in group.experts.items()}}
     plain |= {"average": made / "average", "task arithmetic": made / "task-arithmetic"}
@@ -170,7 +170,7 @@ def _ask(model: Path, tasks: Sequence["Task"]) -> list[_Exchange]:
     import openai
 
     from serving.running import running_server
-    from upscale.engines import TransformersEngine
+    from upscale.evaluating.engines import TransformersEngine
 
     engine = TransformersEngine(str(model), EvalConfig(chat=True, max_new_tokens=MAX_NEW_TOKENS))
     exchanges = []
@@ -196,7 +196,7 @@ def _ask(model: Path, tasks: Sequence["Task"]) -> list[_Exchange]:
 
 def _record(results: Sequence["Result"], exchanges: Sequence[_Exchange], seconds: int) -> dict:
     """What the demo measured, with versions and machine."""
-    from upscale.results import to_json
+    from upscale.evaluating.results import to_json
 
     packages = ("upscale-zoo", "torch", "transformers")
     versions = {"vllm": installed_version(), **{name: version(name) for name in packages}}
@@ -211,7 +211,7 @@ def _record(results: Sequence["Result"], exchanges: Sequence[_Exchange], seconds
 
 def _experts(model: Path, prompt: str) -> str:
     """The experts that served a question and its answer, by mean weight: the same routing, traced in transformers."""
-    from upscale.trace import trace
+    from upscale.evaluating.trace import trace
 
     traced = trace(model, prompt, chat=True, max_new_tokens=MAX_NEW_TOKENS)
     shares = dict(zip(traced.experts, traced.overall.mean(dim=0).tolist(), strict=True))

@@ -7,8 +7,8 @@ from typing import Any
 
 from serving.server import engine_defaults, require_vllm
 from upscale.config import EvalConfig
-from upscale.encoding import encode_pair, windows
 from upscale.errors import EngineError, LoadError
+from upscale.evaluating.encoding import encode_pair, windows
 from upscale.loading import locate, read_config, require_expert
 
 
@@ -22,7 +22,7 @@ class VllmEngine:
         self.generated: int | None = 0
 
     def force(self, expert: str | None) -> None:
-        """See ``upscale.engines.Engine``; loads the model, anew if it was loaded for another expert."""
+        """See ``upscale.evaluating.engines.Engine``; loads the model, anew if it was loaded for another expert."""
         if expert is not None:
             require_expert(self.path, expert)
         if self.llm is None or expert != self.expert:
@@ -30,7 +30,7 @@ class VllmEngine:
             self.llm, self.expert = self._load(expert), expert
 
     def answer(self, prompts: Sequence[str], advance: Callable[[int], None]) -> list[str]:
-        """See ``upscale.engines.Engine``."""
+        """See ``upscale.evaluating.engines.Engine``."""
         if self.config.chat:
             given: list[Any] = [[{"role": "user", "content": prompt}] for prompt in prompts]
         else:
@@ -41,7 +41,7 @@ class VllmEngine:
         return [output.outputs[0].text for output in outputs]
 
     def score(self, pairs: Sequence[tuple[str, str]], advance: Callable[[int], None]) -> list[tuple[float, int]]:
-        """See ``upscale.engines.Engine``; a text that is longer than the context is read in windows."""
+        """See ``upscale.evaluating.engines.Engine``; a text that is longer than the context is read in windows."""
         assert self.llm is not None, "force() comes first"
         tokenizer, context = self.llm.get_tokenizer(), self.llm.model_config.max_model_len - 1
         encoded = [encode_pair(tokenizer, *pair, chat=self.config.chat) for pair in pairs]
@@ -59,7 +59,7 @@ class VllmEngine:
         return [(total, len(ids) - start) for total, (ids, start) in zip(totals, encoded, strict=True)]
 
     def route(self, prompts: Sequence[str], *, chat: bool) -> None:
-        """See ``upscale.engines.Engine``; vLLM does not say."""
+        """See ``upscale.evaluating.engines.Engine``; vLLM does not say."""
 
     def _run(self, prompts: list[Any], *, chat: bool = False, **sampling: Any) -> list[Any]:
         assert self.llm is not None, "force() comes first"

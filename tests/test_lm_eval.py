@@ -12,8 +12,8 @@ from serving.running import running_server
 from tests.architectures import TABLE
 from tests.conftest import perturbed, save_model
 from upscale.config import EvalConfig
-from upscale.engines import open_engine
-from upscale.tasks import Row, Task
+from upscale.evaluating.engines import open_engine
+from upscale.evaluating.tasks import Row, Task
 from zoo import Group
 
 LLAMA = next(architecture for architecture in TABLE if architecture.name == "llama")

@@ -14,10 +14,10 @@ import upscale
 from serving.running import running_server
 from tests.architectures import TABLE
 from tests.conftest import perturbed, save_model
-from upscale.calibration import calibrate
+from upscale.calibrating.calibration import calibrate
 from upscale.config import EvalConfig
-from upscale.engines import TransformersEngine
-from upscale.tasks import Row, Task
+from upscale.evaluating.engines import TransformersEngine
+from upscale.evaluating.tasks import Row, Task
 from zoo import Group
 
 LLAMA = next(architecture for architecture in TABLE if architecture.name == "llama")

@@ -15,8 +15,9 @@ from tests.reference import discriminant as reference
 from tests.reference.models import IDS, close, generate, logits, padded, paths, plain, tensors
 from tests.reference.scoring import ids_of
 from tests.routers import copied
-from upscale import discriminant, load
-from upscale.calibration import calibrate
+from upscale import load
+from upscale.calibrating import discriminant
+from upscale.calibrating.calibration import calibrate
 from upscale.config import CalibrateConfig
 from upscale.errors import ConfigError, LoadError, TaskError
 from upscale.runtime import runtime_files

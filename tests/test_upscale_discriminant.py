@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.reference import discriminant as reference
-from upscale.discriminant import MISSED, SHARE, SHARPNESS, SHRINKAGE, fit
+from upscale.calibrating.discriminant import MISSED, SHARE, SHARPNESS, SHRINKAGE, fit
 
 
 def samples(seed, features, texts, apart=1.5):

@@ -14,11 +14,11 @@ from tests.reference.scoring import of_continuation
 from tests.reference.server import Handler, reverse_server
 from upscale import evaluate, load, smile
 from upscale.config import EvalConfig
-from upscale.engines import open_engine
 from upscale.errors import ConfigError, EngineError, LoadError, TaskError
-from upscale.metrics import interval
-from upscale.tasks import Row, Task
-from upscale.trace import trace
+from upscale.evaluating.engines import open_engine
+from upscale.evaluating.metrics import interval
+from upscale.evaluating.tasks import Row, Task
+from upscale.evaluating.trace import trace
 from zoo import Group
 
 PROMPTS = ["a", "what is 7 in roman numerals?", "sort: pear é fig", "bcd", "x" * 40]

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from upscale.building.linalg import OVERSAMPLE, factor
 from upscale.errors import NonFiniteError
-from upscale.linalg import OVERSAMPLE, factor
 
 
 def randn(*shape, seed=0):

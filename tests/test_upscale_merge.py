@@ -15,9 +15,9 @@ from tests.reference import ties as reference
 from tests.reference.models import IDS, logits, paths, plain, tensors
 from upscale import load, merge
 from upscale.errors import ConfigError
-from upscale.merging import METHODS
+from upscale.merging.merging import METHODS
+from upscale.merging.ties import elect, thresholds
 from upscale.runtime.modeling_upscaled import UpscaledModel
-from upscale.ties import elect, thresholds
 from zoo import Group, GroupError, MismatchError, OutputError
 
 

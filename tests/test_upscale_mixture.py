@@ -13,12 +13,12 @@ from transformers.pytorch_utils import Conv1D
 from tests.reference import smile as reference
 from tests.reference.models import IDS, blended, blocks, close, generate, logits, padded, paths
 from upscale import load
+from upscale.building.methods.smile import router, upscale_linear
+from upscale.building.skeleton import Linear
 from upscale.config import SmileConfig
-from upscale.methods.smile import router, upscale_linear
 from upscale.runtime.mixture_upscaled import Layout
 from upscale.runtime.modeling_upscaled import inject
 from upscale.runtime.routers_upscaled import ROUTERS, Router
-from upscale.skeleton import Linear
 
 I, O = 24, 18  # noqa: E741
 NAMES = ("a", "b", "c")

@@ -7,10 +7,10 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from tests.reference.models import paths, tensors
-from upscale.build import build
+from upscale.building.build import build
+from upscale.building.methods import smile as method
+from upscale.building.plan import make_plan
 from upscale.config import SmileConfig
-from upscale.methods import smile as method
-from upscale.plan import make_plan
 from zoo import check
 
 FULL = 1000  # clamped: full rank

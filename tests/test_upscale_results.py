@@ -15,13 +15,13 @@ from tests.reference.models import paths, tensors
 from tests.reference.server import reverse_server
 from upscale import evaluate, merge
 from upscale.config import EvalConfig
-from upscale.entrants import MERGES, ORACLE
 from upscale.errors import ConfigError, EngineError, TaskError
-from upscale.results import Result, Routes, summarise, to_json
-from upscale.score_page import to_html
-from upscale.score_plots import size_plot
-from upscale.scoreboard import OVERALL_NOTE, SCORES_NOTE, to_markdown
-from upscale.tasks import Row, Task
+from upscale.evaluating.entrants import MERGES, ORACLE
+from upscale.evaluating.results import Result, Routes, summarise, to_json
+from upscale.evaluating.score_page import to_html
+from upscale.evaluating.score_plots import size_plot
+from upscale.evaluating.scoreboard import OVERALL_NOTE, SCORES_NOTE, to_markdown
+from upscale.evaluating.tasks import Row, Task
 
 PROMPTS = ["a", "what is 7 in roman numerals?", "sort: pear fig", "bcd"]
 FAST = {"max_new_tokens": 4}
@@ -153,7 +153,7 @@ def stop_at(what):
 @pytest.fixture
 def opened(monkeypatch):
     """The models that engines were opened for."""
-    from upscale import evaluation
+    from upscale.evaluating import evaluation
 
     models, real = [], evaluation.open_engine
     monkeypatch.setattr(evaluation, "open_engine", lambda model, config: models.append(model) or real(model, config))

@@ -11,11 +11,11 @@ from tests.reference.scoring import ids_of, of_continuation, of_tokens
 from tests.reference.server import loglikelihood, reverse_server
 from upscale import load
 from upscale.config import EvalConfig
-from upscale.encoding import encode_pair, first_scored, windows
-from upscale.engines import TransformersEngine, open_engine
 from upscale.errors import EngineError
+from upscale.evaluating.encoding import encode_pair, first_scored, windows
+from upscale.evaluating.engines import TransformersEngine, open_engine
+from upscale.evaluating.trace import trace
 from upscale.loading import load_tokenizer
-from upscale.trace import trace
 
 PAIRS = [
     ("a", " b"),
@@ -89,7 +89,7 @@ def test_scores_are_those_of_each_sequence_alone(architecture, builds, batch_siz
 
 
 def test_fewer_at_once_where_logits_fill_the_memory(out, monkeypatch):
-    monkeypatch.setattr("upscale.engines._LOGITS", 5000)  # 19 tokens of 259 logits
+    monkeypatch.setattr("upscale.evaluating.engines._LOGITS", 5000)  # 19 tokens of 259 logits
     engine, sizes = TransformersEngine(str(out), EvalConfig()), []
     run = engine._loglikelihoods
     engine._loglikelihoods = lambda rows, firsts: (

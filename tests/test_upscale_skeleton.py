@@ -12,8 +12,8 @@ from transformers import GPTNeoXConfig
 import upscale
 from tests.architectures import TABLE, Architecture
 from tests.conftest import perturbed, save_model
+from upscale.building.skeleton import linears
 from upscale.errors import PlanError
-from upscale.skeleton import linears
 from zoo import Checkpoint, Group, check
 
 GPT2 = next(architecture for architecture in TABLE if architecture.name == "gpt2")

@@ -10,8 +10,8 @@ import torch
 from upscale import evaluate
 from upscale.config import METRICS as CONFIGURED
 from upscale.errors import TaskError
-from upscale.metrics import METRICS, WAYS, interval, mark_generated, mark_ranked, mark_read, metric_of, score
-from upscale.tasks import Row, Task, load_tasks
+from upscale.evaluating.metrics import METRICS, WAYS, interval, mark_generated, mark_ranked, mark_read, metric_of, score
+from upscale.evaluating.tasks import Row, Task, load_tasks
 
 
 def write(path, *rows):

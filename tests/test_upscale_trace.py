@@ -14,7 +14,7 @@ from tests.reference.models import block_linears, in_block, paths, plain, tensor
 from upscale import load, smile
 from upscale.cli import main
 from upscale.errors import LoadError
-from upscale.trace import trace
+from upscale.evaluating.trace import trace
 from zoo import Group
 
 TEXT = "sort: pear é\n"  # a token a byte

@@ -1,6 +1,7 @@
 """Turn a zoo of fine-tuned models into one model that keeps every skill.
 
-``upscale.smile(group, out, rank=32)`` builds, ``upscale.load(out)`` loads, ``upscale.evaluate(...)`` scores.
+``upscale.smile(group, out, rank=32)`` builds, ``upscale.calibrate(out, prompts)`` fits the router,
+``upscale.load(out)`` loads, ``upscale.evaluate(...)`` scores.
 Everything is imported on first use, so that the command line starts at once.
 """
 
@@ -8,20 +9,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from upscale.build import smile
-    from upscale.config import SmileConfig
-    from upscale.evaluation import evaluate
+    from upscale.building.build import smile
+    from upscale.calibrating.calibration import calibrate
+    from upscale.config import CalibrateConfig, EvalConfig, SmileConfig
+    from upscale.evaluating.evaluation import evaluate
     from upscale.loading import load
-    from upscale.merging import merge
+    from upscale.merging.merging import merge
 
 _HOME = {
+    "CalibrateConfig": "config",
+    "EvalConfig": "config",
     "SmileConfig": "config",
-    "evaluate": "evaluation",
+    "calibrate": "calibrating.calibration",
+    "evaluate": "evaluating.evaluation",
     "load": "loading",
-    "merge": "merging",
-    "smile": "build",
+    "merge": "merging.merging",
+    "smile": "building.build",
 }
-__all__ = ["SmileConfig", "evaluate", "load", "merge", "smile"]
+__all__ = ["CalibrateConfig", "EvalConfig", "SmileConfig", "calibrate", "evaluate", "load", "merge", "smile"]
 
 
 def __getattr__(name: str):

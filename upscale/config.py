@@ -125,7 +125,7 @@ class CalibrateConfig:
         "With --granularity prefix, tokens of each expert's own answer to its prompts that the router learns too.",
         metavar="N",
     )
-    samples: int = option(64, "Texts that the base writes to learn the base class from.", metavar="N")
+    samples: int = option(128, "Texts that the base writes to learn the base class from.", metavar="N")
     prompt_template: str = option(
         "{prompt}", "Text around a prompt, as it will be used; \\n and \\t are understood.", metavar="TEMPLATE"
     )

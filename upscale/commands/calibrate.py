@@ -43,9 +43,9 @@ def calibrate(out: str, prompts: tuple[str, ...], by_itself: bool, **options) ->
       upscale calibrate out --prompts math=math.jsonl code=code.jsonl --half-life 32
       upscale calibrate out --self
     """
-    from upscale.calibration import calibrate as run
+    from upscale.calibrating.calibration import calibrate as run
+    from upscale.calibrating.prompts import load_prompts
     from upscale.loading import locate, read_config
-    from upscale.prompts import load_prompts
     from upscale.runtime.routing_upscaled import BASE
 
     config = CalibrateConfig(**options)

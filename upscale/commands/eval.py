@@ -64,11 +64,11 @@ def evaluate(
       upscale eval out --tasks dates.jsonl --engine vllm --prompt-template '{prompt}\\n'
       upscale eval out --tasks tasks/ --engine http://127.0.0.1:8000 --chat
     """
-    from upscale.evaluation import evaluate as run
-    from upscale.score_page import to_html
-    from upscale.score_plots import require_matplotlib
-    from upscale.scoreboard import to_markdown
-    from upscale.tasks import load_tasks
+    from upscale.evaluating.evaluation import evaluate as run
+    from upscale.evaluating.score_page import to_html
+    from upscale.evaluating.score_plots import require_matplotlib
+    from upscale.evaluating.scoreboard import to_markdown
+    from upscale.evaluating.tasks import load_tasks
 
     config = EvalConfig(**options)
     loaded = load_tasks(tasks, config.limit)
@@ -93,7 +93,7 @@ def evaluate(
 
 def show(results) -> None:
     """Print results as two tables, a row a model: scores by task, and what each model costs."""
-    from upscale.scoreboard import overall_board, scores_board
+    from upscale.evaluating.scoreboard import overall_board, scores_board
 
     for board in (scores_board(results), overall_board(results)):
         title = f"{board.title}, {results[0].engine}"

@@ -43,11 +43,11 @@ def route(model: str, prompt: str, chat: bool, max_new_tokens: int, plot: str | 
       upscale route out 'sort: pear apple' --chat --max-new-tokens 16
       upscale route out "$(cat conversation.txt)" --plot routing.png
     """
-    from upscale.trace import trace
+    from upscale.evaluating.trace import trace
 
     quiet_libraries()
     if plot is not None:
-        from upscale.plots import check_drawing
+        from upscale.building.spectra_plots import check_drawing
 
         check_drawing(Path(plot))
     traced = trace(model, prompt.replace("\\n", "\n"), chat=chat, max_new_tokens=max_new_tokens)
@@ -78,7 +78,7 @@ def route(model: str, prompt: str, chat: bool, max_new_tokens: int, plot: str | 
                 line.append(cell, style=_style(int(expert), float(weight)) if served else "")
             console.print(line)
     if plot is not None:
-        from upscale.trace_plots import draw_trace
+        from upscale.evaluating.trace_plots import draw_trace
 
         draw_trace(traced, Path(plot))
         console.print(f"[green]wrote[/] {escape(plot)}", highlight=False, soft_wrap=True)

@@ -26,9 +26,9 @@ def smile(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], dr
       upscale smile group.yaml out --lm-head --rest average --exclude '*.k_proj' --dry-run
     """
     import zoo
-    from upscale.build import build
-    from upscale.methods import smile as method
-    from upscale.plan import make_plan
+    from upscale.building.build import build
+    from upscale.building.methods import smile as method
+    from upscale.building.plan import make_plan
 
     config = SmileConfig(**options)
     group, (out,) = group_and_rest(paths, base, experts, rest=1)
@@ -48,7 +48,7 @@ def smile(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], dr
 
 
 def _show_plan(plan) -> None:
-    from upscale.plan import kind
+    from upscale.building.plan import kind
 
     table = Table(title="Plan: modules to upscale, by kind", title_justify="left")
     for column in ("module", "modules", "shape", "rank an expert", "parameters"):
@@ -89,7 +89,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def show_report(report) -> None:
     """Print what a build kept, linear by linear and expert by expert."""
-    from upscale.plan import kind
+    from upscale.building.plan import kind
 
     kinds = list(dict.fromkeys(kind(module.name) for module in report.modules))
     table = Table(title="Energy kept, mean over experts", title_justify="left")

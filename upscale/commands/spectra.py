@@ -43,8 +43,8 @@ def spectra(
     """Show how low-rank the deltas of GROUP's experts are, how alike, and what keeping them takes.
 
     Computes every singular value of every delta, once; the user's cache keeps them for `upscale smile --budget` and
-    --energy. Decides nothing. An energy is a part of the squared delta that every module and expert keeps; the output
-    head then loses a tenth as much as others may, since the answer hangs on the least of its delta.
+    --energy. Decides nothing. An energy is the part of the squared delta that every module and expert keeps at least;
+    the output head keeps more, since most of its delta moves all logits alike and the rest decides the answer.
 
     \b
     Examples:
@@ -53,13 +53,13 @@ def spectra(
       upscale spectra --base base --expert math=ft-math --expert code=ft-code --json spectra.json --device cuda
     """
     import zoo
-    from upscale.budget import energies_of, for_energy
+    from upscale.building.budget import energies_of, for_energy
+    from upscale.building.methods import smile as method
+    from upscale.building.plan import make_plan
+    from upscale.building.ranks import heads
+    from upscale.building.spectra import spectra as compute
+    from upscale.building.spectra_plots import check_drawing, draw
     from upscale.config import SmileConfig
-    from upscale.methods import smile as method
-    from upscale.plan import make_plan
-    from upscale.plots import check_drawing, draw
-    from upscale.ranks import heads
-    from upscale.spectra import spectra as compute
 
     if plot is not None:
         check_drawing(Path(plot))
@@ -96,8 +96,8 @@ def _check_writable(option: str, file: str | None) -> None:
 
 def _size(plan, ranks) -> int:
     """Bytes of the result with these ranks in the plan's modules."""
-    from upscale.budget import nbytes
-    from upscale.ranks import costs
+    from upscale.building.budget import nbytes
+    from upscale.building.ranks import costs
 
     cost = costs(plan.linears, plan.declared)
     planned = {n.name: dict(zip(plan.experts, plan.layouts[n.name].ranks, strict=True)) for n in plan.linears}
@@ -129,7 +129,7 @@ def _show_energy(found, ranks: list[int]) -> None:
 
 
 def _show_ranks(found, wanted: dict[float, dict[str, dict[str, int]]]) -> None:
-    from upscale.plan import kind
+    from upscale.building.plan import kind
 
     table = _table(
         "Rank for an energy, as --energy takes it: mean over blocks and experts (largest)",
@@ -150,7 +150,7 @@ def _show_ranks(found, wanted: dict[float, dict[str, dict[str, int]]]) -> None:
 
 
 def _show_overlap(found) -> None:
-    from upscale.spectra import OVERLAP_RANK
+    from upscale.building.spectra import OVERLAP_RANK
 
     if len(found.experts) == 1:
         return

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from upscale.plots import check_drawing
-from upscale.trace import Trace
+from upscale.building.spectra_plots import check_drawing
+from upscale.evaluating.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

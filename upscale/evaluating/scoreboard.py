@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from upscale.metrics import SHARES
-from upscale.results import Result, summarise
+from upscale.evaluating.metrics import SHARES
+from upscale.evaluating.results import Result, summarise
 
 # How to read the tables; below each.
 SCORES_NOTE = "Below each score, its 95 % bootstrap interval over the task's rows."

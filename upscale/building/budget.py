@@ -1,15 +1,16 @@
 """Ranks from spectra: how many directions each expert keeps in each module. Pure functions.
 
-The energy of a direction is its share of the squared norm of its own delta, one expert's change of one module, and in
-an output head ``HEAD`` times that. So no expert or module starves beside one with larger deltas. The head counts more
-because most of its delta moves all logits alike, which changes no probability, and the rest decides the answer.
+The energy of a direction is its share of the squared norm of its own delta, one expert's change of one module; so no
+expert or module starves beside one with larger deltas. In an output head it is ``HEAD`` times the share of what the
+first direction leaves: that one moves all logits nearly alike, which changes no probability, and is most of the norm.
 
-A budget keeps as much energy as it can, where a delta weighs as many bytes as one direction of it: the directions of
-the largest energy, whatever their module. One energy for all means that no delta loses more than the rest of it.
+A budget keeps the directions of the largest energy, whatever their module: the most energy per byte, where a delta
+weighs as many bytes as one of its directions takes. An energy for all is what no delta keeps less of.
 
-This was measured, on small Llamas: full fine-tunes and LoRA, groups of 4 to 8, cut to 1.15 to 3 times the base. It
-answers better than one rank for all, and than squared singular values unscaled, divided by the base's squared norm, by
-the delta's own norm, or by the bytes, which all starve embeddings or the head.
+This was measured on small Llamas cut to 1.15 to 3 times the base: groups of 3 to 8 full fine-tunes or LoRA experts,
+output heads tied or not. With the right expert it answers better than one rank for all, in each group on average. The
+following are worse: squared singular values as they are, divided by the base's squared norm or the delta's norm, and
+shares for each byte or of singular values not squared; so is treating the head like any other module.
 
 Common arguments, by module and expert, in the model's order:
     energies: of directions, [n] float64, largest first; of ``energies_of``.
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from upscale.errors import ConfigError
 
-HEAD = 10.0  # 5 to 20 are about as good
+HEAD = 2.0  # 1 to 4 are about as good
 
 Energies = Mapping[str, Mapping[str, Tensor]]
 Costs = Mapping[str, int]
@@ -47,17 +48,19 @@ def parse_budget(text: str) -> float:
 
 
 def energies_of(spectra: Energies, heads: Collection[str]) -> Energies:
-    """Energies of directions: those of a delta add up to 1, of an output head to ``HEAD``, and of a zero delta to 0.
+    """Energies of directions: a delta's add up to 1, a zero delta's to 0, and those beyond a head's first to ``HEAD``.
 
     Args:
         spectra: by module and expert, squared singular values of the delta, [n] float64, largest first
-            (``upscale.spectra.Spectra.values``).
+            (``upscale.building.spectra.Spectra.values``).
         heads: modules that are output heads.
     """
-    return {
-        module: {e: v / (float(v.sum()) or 1.0) * (HEAD if module in heads else 1.0) for e, v in experts.items()}
-        for module, experts in spectra.items()
-    }
+
+    def energies(values: Tensor, head: bool) -> Tensor:
+        beyond = float(values[1:].sum()) if head else 0.0
+        return values / (beyond / HEAD or float(values.sum()) or 1.0)
+
+    return {m: {e: energies(values, m in heads) for e, values in experts.items()} for m, experts in spectra.items()}
 
 
 def allocate(energies: Energies, cost_per_rank: Costs, *, available_bytes: int) -> Ranks:
@@ -77,8 +80,8 @@ def allocate(energies: Energies, cost_per_rank: Costs, *, available_bytes: int) 
 def for_energy(energies: Energies, *, energy: float) -> Ranks:
     """The smallest ranks with which no delta loses more energy than ``1 - energy``.
 
-    So every module and expert keeps at least the fraction ``energy`` of the delta's squared norm; an output head loses
-    at most a ``HEAD``-th as much as others may.
+    So every module and expert keeps at least the fraction ``energy`` of its delta's squared norm. An output head keeps
+    more: it loses at most ``(1 - energy) / HEAD`` of what its first direction leaves.
 
     Raises:
         ConfigError: ``energy`` is not above 0 and at most 1.

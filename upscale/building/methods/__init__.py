@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from upscale.building.skeleton import Linear
 from upscale.runtime.mixture_upscaled import ModuleLayout
-from upscale.skeleton import Linear
 
 
 class Method(Protocol):

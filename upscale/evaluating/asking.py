@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from upscale.engines import Advance, Engine
 from upscale.errors import EngineError, TaskError
-from upscale.metrics import GENERATED, RANKED, mark_generated, mark_ranked, mark_read
-from upscale.tasks import Task
+from upscale.evaluating.engines import Advance, Engine
+from upscale.evaluating.metrics import GENERATED, RANKED, mark_generated, mark_ranked, mark_read
+from upscale.evaluating.tasks import Task
 
 
 def ask(engine: Engine, task: Task, metric: str, prompts: Sequence[str], advance: Advance) -> list[dict[str, Any]]:

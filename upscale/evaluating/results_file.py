@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from upscale.errors import TaskError
-from upscale.results import Result, to_json
+from upscale.evaluating.results import Result, to_json
 
 VERSION = 1
 

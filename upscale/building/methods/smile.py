@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from upscale.building.linalg import LowRank, factor
+from upscale.building.skeleton import Linear
 from upscale.config import SmileConfig
 from upscale.errors import NonFiniteError
-from upscale.linalg import LowRank, factor
 from upscale.runtime.mixture_upscaled import ModuleLayout
-from upscale.skeleton import Linear
 
 NAME: str = "smile"
 

@@ -7,14 +7,14 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from upscale.building.methods import Method
+from upscale.building.ranks import Progress, choose_ranks
+from upscale.building.skeleton import Linear, Norm, Skeleton, skeleton
 from upscale.config import SmileConfig
 from upscale.device import check_device
 from upscale.errors import ConfigError, PlanError
-from upscale.methods import Method
-from upscale.ranks import Progress, choose_ranks
 from upscale.runtime.mixture_upscaled import EMBEDDING, NORM, ModuleLayout
 from upscale.runtime.routers_upscaled import in_block
-from upscale.skeleton import Linear, Norm, Skeleton, skeleton
 from zoo import Checkpoint, TensorSpec, Verdict
 from zoo.preflight import parameters
 

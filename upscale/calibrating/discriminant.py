@@ -12,7 +12,7 @@ from torch.nn import functional as F
 SHRINKAGE = (0.05, 0.2, 0.5, 0.8)  # part of the covariance that is replaced by a multiple of the identity
 # What the log-odds are multiplied by: tokens of a text are not independent, so that the model's own are overconfident.
 SHARPNESS = tuple(2.0**-n for n in range(10))
-MISSED, SHARE = 0.08, 0.25  # of the fallback's border, see _shift
+MISSED, SHARE = 0.04, 0.25  # of the fallback's border, see _shift
 
 
 @dataclass(frozen=True)

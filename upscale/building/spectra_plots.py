@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from upscale.building.plan import kind
+from upscale.building.spectra import OVERLAP_RANK, Spectra, block
 from upscale.errors import ConfigError
-from upscale.plan import kind
-from upscale.spectra import OVERLAP_RANK, Spectra, block
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from upscale.config import EvalConfig
-from upscale.encoding import first_scored
 from upscale.errors import EngineError
+from upscale.evaluating.encoding import first_scored
 
 
 class ServerEngine:

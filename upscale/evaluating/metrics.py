@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from upscale.tasks import Row
+from upscale.evaluating.tasks import Row
 
 # The three ways to ask, each with the metrics that its answers give.
 GENERATED = ("exact_match", "contains")  # greedy text against the completion

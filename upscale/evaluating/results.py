@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from upscale.metrics import SHARES
-from upscale.trace import Trace
+from upscale.evaluating.metrics import SHARES
+from upscale.evaluating.trace import Trace
 
 BASE = "base"  # the model that sizes are compared with; and where a prompt goes that goes to no expert
 

@@ -11,16 +11,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from upscale.card import card
+from upscale.building.card import card
+from upscale.building.methods import smile as smile_method
+from upscale.building.plan import Plan, make_plan
+from upscale.building.report import ModuleReport, Report, RestReport
+from upscale.building.skeleton import Linear, Norm
 from upscale.config import SmileConfig
 from upscale.errors import NonFiniteError
-from upscale.methods import smile as smile_method
-from upscale.plan import Plan, make_plan
-from upscale.report import ModuleReport, Report, RestReport
 from upscale.runtime import runtime_files
 from upscale.runtime.mixture_upscaled import LINEAR, Layout, ModuleLayout
 from upscale.runtime.modeling_upscaled import upscaled_config
-from upscale.skeleton import Linear, Norm
 from zoo import Checkpoint, Group, Source, Writer, check
 from zoo.files import companions
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from upscale.asking import answers, ask
 from upscale.config import EvalConfig
-from upscale.engines import Advance, Engine, is_server, open_engine
-from upscale.entrants import ORACLE, Entrant, entrants, tensor_bytes
 from upscale.errors import TaskError
-from upscale.metrics import GENERATED, METRICS, WAYS, interval, metric_of, score
-from upscale.results import Result, routes
-from upscale.results_file import VERSION, ResultsFile
-from upscale.tasks import Task, load_tasks, require_distinct
+from upscale.evaluating.asking import answers, ask
+from upscale.evaluating.engines import Advance, Engine, is_server, open_engine
+from upscale.evaluating.entrants import ORACLE, Entrant, entrants, tensor_bytes
+from upscale.evaluating.metrics import GENERATED, METRICS, WAYS, interval, metric_of, score
+from upscale.evaluating.results import Result, routes
+from upscale.evaluating.results_file import VERSION, ResultsFile
+from upscale.evaluating.tasks import Task, load_tasks, require_distinct
 from zoo import Group
 
 Progress = Callable[[int, int, str], None]  # answers done, answers in all, what is being done

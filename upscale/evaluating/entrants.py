@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upscale.config import EvalConfig
-from upscale.engines import is_server
 from upscale.errors import EngineError, TaskError
+from upscale.evaluating.engines import is_server
+from upscale.evaluating.tasks import Task
 from upscale.loading import locate, read_config, require_expert
-from upscale.merging import merge
-from upscale.tasks import Task
+from upscale.merging.merging import merge
 from zoo import Checkpoint, CheckpointError, Group, check
 from zoo.files import companions
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from upscale.errors import ConfigError
-from upscale.ties import elect, thresholds
+from upscale.merging.ties import elect, thresholds
 from zoo import Group, Verdict, Writer, check
 from zoo.files import companions
 from zoo.preflight import parameters

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from upscale.budget import energies_of, for_energy, parse_budget, within_budget
+from upscale.building.budget import energies_of, for_energy, parse_budget, within_budget
+from upscale.building.skeleton import Linear, skeleton
+from upscale.building.spectra import spectra
 from upscale.config import SmileConfig
-from upscale.skeleton import Linear, skeleton
-from upscale.spectra import spectra
 from zoo import Checkpoint, TensorSpec, Verdict
 
 Progress = Callable[[int, int, str], None]  # done, in all, what is being done

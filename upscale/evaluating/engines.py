@@ -12,10 +12,10 @@ from transformers import GenerationConfig
 
 from upscale.config import EvalConfig
 from upscale.device import check_device
-from upscale.encoding import as_chat, encode_pair, windows
 from upscale.errors import EngineError
+from upscale.evaluating.encoding import as_chat, encode_pair, windows
+from upscale.evaluating.trace import Trace
 from upscale.loading import load, load_tokenizer, locate, require_expert
-from upscale.trace import Trace
 
 Advance = Callable[[int], None]  # so many more prompts are done
 _LOGITS = 1 << 28  # logits computed at once: 1 GiB in float32
@@ -68,12 +68,12 @@ def open_engine(model: str, config: EvalConfig) -> Engine:
         LoadError, SourceError: the model cannot be loaded.
     """
     if is_server(config):
-        from upscale.server_engine import ServerEngine
+        from upscale.evaluating.server_engine import ServerEngine
 
         return ServerEngine(model, config)
     if config.engine == "transformers":
         return TransformersEngine(model, config)
-    found = {point.name: point for point in entry_points(group="upscale.engines")}
+    found = {point.name: point for point in entry_points(group="upscale.evaluating.engines")}
     if config.engine not in found:
         raise EngineError(f"no engine {config.engine!r}; there are transformers, {', '.join(sorted(found))} and URLs")
     return found[config.engine].load()(model, config)

@@ -10,14 +10,14 @@ import torch
 import yaml
 from torch import Tensor
 
+from upscale.calibrating.discriminant import Fit, fit
+from upscale.calibrating.samples import Reader, Sample
 from upscale.config import CalibrateConfig
-from upscale.discriminant import Fit, fit
 from upscale.errors import ConfigError, LoadError, TaskError
 from upscale.loading import load, load_tokenizer, locate, read_config
 from upscale.runtime import runtime_files
 from upscale.runtime.mixture_upscaled import Layout
 from upscale.runtime.routing_upscaled import BASE
-from upscale.samples import Reader, Sample
 from zoo.amend import amend, content_key, discard
 
 Progress = Callable[[int, int, str], None]  # texts done, texts in all, what is being done

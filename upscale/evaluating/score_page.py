@@ -6,9 +6,9 @@ from dataclasses import asdict
 from html import escape
 
 from upscale.config import EvalConfig
-from upscale.results import Result
-from upscale.score_plots import require_matplotlib, routing_plot, scores_plot, size_plot
-from upscale.scoreboard import Board, Cell, overall_board, scores_board
+from upscale.evaluating.results import Result
+from upscale.evaluating.score_plots import require_matplotlib, routing_plot, scores_plot, size_plot
+from upscale.evaluating.scoreboard import Board, Cell, overall_board, scores_board
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from upscale.config import CalibrateConfig
 from upscale.device import check_device
-from upscale.encoding import as_chat
 from upscale.errors import TaskError
+from upscale.evaluating.encoding import as_chat
 from upscale.runtime.modeling_upscaled import watch
 from upscale.runtime.prefix_upscaled import running_mean
 from upscale.runtime.routers_upscaled import Router, unit_rms

@@ -1,6 +1,6 @@
 """The model card that a checkpoint carries as ``README.md``."""
 
-from upscale.report import Report
+from upscale.building.report import Report
 from zoo import Group, Source
 
 _TEXT = """---

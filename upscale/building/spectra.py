@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from upscale import spectra_cache
+from upscale.building import spectra_cache
+from upscale.building.linalg import factor
 from upscale.device import check_device
 from upscale.errors import NonFiniteError
-from upscale.linalg import factor
 from zoo import Checkpoint, Verdict
 
 OVERLAP_RANK = 16  # leading directions of each expert that are compared
@@ -28,7 +28,7 @@ def block(module: str) -> str:
 
 
 class Module(Protocol):
-    """What is needed of a module with a weight matrix; ``upscale.skeleton.Linear`` is one."""
+    """What is needed of a module with a weight matrix; ``upscale.building.skeleton.Linear`` is one."""
 
     @property
     def name(self) -> str:
@@ -63,7 +63,7 @@ class Spectra:
     Attributes:
         experts: names, in the group's order: rows and columns of ``overlaps``.
         values: by module and expert, squared singular values of the delta, [min(o, i)] float64, largest first; what
-            ``upscale.budget`` takes. Their sum is the squared Frobenius norm.
+            ``upscale.building.budget`` takes. Their sum is the squared Frobenius norm.
         overlaps: by module, [E, E] float64: the mean squared cosine of the principal angles between the experts'
             leading right singular subspaces of ``OVERLAP_RANK`` directions or, if one has fewer, of so many. 1 is the
             same subspace, 0 an orthogonal one; NaN where an expert has no delta.
@@ -133,7 +133,7 @@ def spectra(
 
     Args:
         verdict: a group that passed preflight.
-        modules: whose weights to look at; see ``upscale.skeleton``.
+        modules: whose weights to look at; see ``upscale.building.skeleton``.
         device: where to compute.
         progress: called after each delta that is not in the cache with (done, all of them, module).
 

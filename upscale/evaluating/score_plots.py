@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from upscale.errors import ConfigError
-from upscale.metrics import SHARES
-from upscale.results import Result, Routes, summarise
+from upscale.evaluating.metrics import SHARES
+from upscale.evaluating.results import Result, Routes, summarise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

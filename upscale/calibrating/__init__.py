@@ -1,0 +1,1 @@
+"""From example prompts to a router."""

@@ -1,0 +1,1 @@
+"""Scores: tasks, what runs the models, metrics, results and reports; and traces of routing."""

@@ -1,0 +1,1 @@
+"""Dense merges, the baselines that an upscaled model must beat."""
