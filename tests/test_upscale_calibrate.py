@@ -478,6 +478,15 @@ def test_what_is_no_upscaled_directory_is_refused(fresh, groups, tmp_path):
     assert not list(directory.glob("router-*"))
 
 
+def test_a_format_that_is_not_known_is_refused(fresh):
+    directory = fresh()
+    config = json.loads((directory / "config.json").read_text())
+    config["upscale"]["format_version"] = 2
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match="model: format version 2 of the upscaled checkpoint is not 1; update"):
+        calibrate(directory, PROMPTS)
+
+
 def test_a_directory_that_cannot_be_written_is_left_alone(fresh):
     directory = fresh()
     (directory / ".config.json.partial").mkdir()

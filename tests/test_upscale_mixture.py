@@ -16,7 +16,7 @@ from upscale import load
 from upscale.building.methods.smile import router, upscale_linear
 from upscale.building.skeleton import Linear
 from upscale.config import SmileConfig
-from upscale.runtime.mixture_upscaled import Layout
+from upscale.runtime.mixture_upscaled import Layout, ModuleLayout
 from upscale.runtime.modeling_upscaled import inject
 from upscale.runtime.routers_upscaled import ROUTERS, Router
 
@@ -238,6 +238,31 @@ def test_forcing_refuses_unknown_names_and_batches_that_do_not_fit():
     for shape in ((2, 3, I), (2, 6, I), (4, I)):  # 3 rows fit 6 tokens, but not 2 sequences
         with pytest.raises(ValueError, match="3 experts are forced, one per sequence; they do not fit"):
             model(randn(*shape))
+
+
+def test_a_layout_goes_through_config_and_back():
+    modules = {
+        "a": ModuleLayout(4, 6, (2, 0), True),
+        "b": ModuleLayout(4, 9, (2, 3), False, "embedding"),
+        "c": ModuleLayout(4, 9, (2, 3), False, "linear", "b"),
+        "d": ModuleLayout(4, 4, (0, 0), True, "norm"),
+        "e": ModuleLayout(4, 4, (0, 0), False, "norm"),
+    }
+    layout = Layout("smile", ("x", "y"), {"type": "projection", "rank": 1, "top_k": 1}, modules)
+    section = json.loads(json.dumps(layout.to_config()))
+    assert Layout.from_config(section) == layout
+    assert section["modules"]["a"] == {"in_features": 4, "out_features": 6, "ranks": [2, 0], "bias": True}
+    assert section["modules"]["c"].keys() - section["modules"]["a"].keys() == {"tied"}
+    assert layout.shapes() == {
+        "a.experts.down": (2, 4),
+        "a.experts.up": (6, 2),
+        "a.experts.bias": (2, 6),
+        "b.experts.down": (5, 4),
+        "b.experts.up": (9, 5),
+        "d.experts.scale": (2, 4),
+        "d.experts.shift": (2, 4),
+        "e.experts.scale": (2, 4),
+    }
 
 
 class Toy(Router):

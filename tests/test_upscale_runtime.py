@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.architectures import TABLE
 from tests.reference.models import GREEDY, IDS, close, dense, generate, logits, padded, paths, plain, tensors
+from tests.routers import copied, give_router, random_router
 from upscale import load
 from upscale.errors import LoadError
 from upscale.runtime.modeling_upscaled import UpscaledModel
@@ -185,6 +186,10 @@ def test_without_the_package_it_fails_loudly_or_runs_by_remote_code(builds, tmp_
     names = [architecture.name for architecture in TABLE]
     for architecture in TABLE:
         shutil.copytree(builds(architecture, 2, rank=16)[0], tmp_path / architecture.name)
+    gate = random_router(259, classes=3)
+    for granularity in ("prompt", "prefix"):
+        give_router(copied(builds(TABLE[0], 2, rank=16)[0], tmp_path / granularity), gate, granularity=granularity)
+        names.append(granularity)
     torch.save(IDS, tmp_path / "ids.pt")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run(
@@ -225,9 +230,12 @@ def truncated(directory: Path) -> None:
 
 
 UP, NORM = "model.layers.1.mlp.up_proj.experts.up", "model.norm.weight"
+SCALE, ROWS = "model.norm.experts.scale", "model.embed_tokens.experts.up"
 TENSORS = {  # what happens to the tensors, and what the error says
     "expert_missing": (lambda t: t.pop(UP), f"{UP} is missing"),
     "expert_shape": (lambda t: t.update({UP: t[UP][:, 1:].clone()}), rf"{UP} has shape \(96, 47\)"),
+    "norm_missing": (lambda t: t.pop(SCALE), f"tensor {SCALE} is missing; build the checkpoint again"),
+    "rows_missing": (lambda t: t.update({ROWS: t[ROWS][1:].clone()}), rf"{ROWS} has shape \(258, 48\)"),
     "base_missing": (lambda t: t.pop(NORM), NORM),
     "base_shape": (lambda t: t.update({NORM: torch.ones(3)}), NORM),
 }

@@ -1,18 +1,20 @@
 """Linears and heads are found by structure, whatever their tensors are called."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import GPTNeoXConfig
 
 import upscale
 from tests.architectures import TABLE, Architecture
 from tests.conftest import perturbed, save_model
-from upscale.building.skeleton import linears
+from upscale.building.skeleton import _norm_offset, linears, skeleton
 from upscale.errors import PlanError
 from zoo import Checkpoint, Group, check
 
@@ -90,3 +92,69 @@ def test_an_expert_that_computes_otherwise_is_refused(field, value, groups, tmp_
         f"expert e: config.json has {field} {value},"
     ]
     assert verdict.warnings == ("expert e: config.json has eos_token_id 7; the result keeps the base's 1",)
+
+
+# ------------------------------------------------------------------------------------------------- norms and embeddings
+def test_norms_and_embeddings_are_found_with_their_tensors(architecture, groups):
+    model, found = architecture.model(0), skeleton(Checkpoint.open(groups(architecture).base.resolve()))
+    stored = dict(model.named_parameters())
+    norms = {name.rpartition(".")[0] for name, p in stored.items() if p.ndim == 1 and "proj" not in name}
+    norms -= {name for name in norms if "attn.c_" in name or "mlp" in name}
+    assert [n.name for n in found.norms] == [name for name, _ in model.named_modules() if name in norms]
+    for norm in found.norms:
+        assert (norm.weight, norm.width) == (f"{norm.name}.weight", len(stored[f"{norm.name}.weight"]))
+        assert norm.bias == (f"{norm.name}.bias" if architecture is GPT2 else None)
+        assert norm.offset == (architecture.name == "gemma2")
+    embeddings = [name.removesuffix(".weight") for name in stored if re.search("embed|wte|wpe", name)]
+    assert [e.name for e in found.embeddings] == embeddings
+    for embedding in found.embeddings:
+        shape = stored[f"{embedding.name}.weight"].shape
+        assert (embedding.kind, embedding.out_features, embedding.in_features) == ("embedding", *shape)
+    (head,) = [linear for linear in found.linears if linear.head]
+    assert head.weight == ("lm_head.weight" if "lm_head.weight" in stored else f"{embeddings[0]}.weight")
+
+
+class Scaled(nn.Module):
+    """Its weight enters in the way that ``use`` says."""
+
+    def __init__(self, use, *shape, bias=False):
+        super().__init__()
+        self.use, self.weight = use, nn.Parameter(torch.ones(shape or (8,)))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        return self.use(x, self.weight) + getattr(self, "bias", 0.0)
+
+
+def rms(x):
+    return x / x.square().mean(dim=-1, keepdim=True).sqrt()
+
+
+MODULES = {  # and their offsets, None for what is no norm
+    "layer": (lambda: nn.LayerNorm(8), 0.0),
+    "layer without bias": (lambda: nn.LayerNorm(8, bias=False), 0.0),
+    "layer without anything": (lambda: nn.LayerNorm(8, elementwise_affine=False), None),
+    "rms": (lambda: nn.RMSNorm(8), 0.0),
+    "offset": (lambda: Scaled(lambda x, w: rms(x) * (1 + w)), 1.0),
+    "offset and bias": (lambda: Scaled(lambda x, w: rms(x) * (1 + w), bias=True), 1.0),
+    "another offset": (lambda: Scaled(lambda x, w: rms(x) * (2 + w)), None),
+    "squared": (lambda: Scaled(lambda x, w: rms(x) * w.square()), None),
+    "gated": (lambda: Scaled(lambda x, w: rms(x) * w.sigmoid()), None),
+    "added": (lambda: Scaled(lambda x, w: rms(x) + w), None),
+    "turned": (lambda: Scaled(lambda x, w: rms(x) * w.flip(0)), None),
+    "linear": (lambda: nn.Linear(8, 8), None),
+    "embedding": (lambda: nn.Embedding(8, 8), None),
+    "batch": (lambda: nn.BatchNorm1d(8), None),
+    "two inputs": (lambda: nn.Bilinear(8, 8, 8), None),
+    "activation": (lambda: nn.PReLU(8), None),
+    "of a parent": (lambda: nn.Sequential(nn.LayerNorm(8)), None),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_norm_is_what_behaves_like_one(kind):
+    make, offset = MODULES[kind]
+    with torch.device("meta"):
+        module = make()
+    assert _norm_offset(module) == offset

@@ -9,8 +9,10 @@ from transformers import AutoTokenizer
 
 from tests.architectures import TABLE
 from tests.conftest import perturbed, save_model
+from tests.reference import routing as reference_routing
 from tests.reference import smile as reference
 from tests.reference.models import block_linears, in_block, paths, plain, tensors
+from tests.routers import copied, give_router, random_router
 from upscale import load, smile
 from upscale.cli import main
 from upscale.errors import LoadError
@@ -82,6 +84,59 @@ def test_chat_and_new_tokens(builds):
     assert list(longer.tokens) == [tokenizer.decode([token]) for token in ids]
     for name, weights in chat.modules.items():  # causal: later tokens change nothing
         torch.testing.assert_close(longer.modules[name][:4], weights, atol=1e-4, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------------- a calibrated router
+@pytest.fixture
+def gated(builds, tmp_path):
+    """``gated(depth, granularity, top_k)``: a checkpoint with a calibrated router of random scores, and its tensors."""
+
+    def make(depth, granularity, top_k=2):
+        stored = random_router(64 if depth else 259, depth)
+        directory = copied(builds(TABLE[0], 3, rank=16)[0], tmp_path / "gated")
+        return give_router(directory, stored, depth=depth, granularity=granularity, top_k=top_k), stored
+
+    return make
+
+
+def prefix_means(scores):
+    return torch.tensor(reference_routing.running_mean(scores.tolist(), [1] * len(scores)))
+
+
+@pytest.mark.parametrize(("depth", "granularity"), [(0, "prompt"), (0, "prefix"), (1, "prefix")])
+def test_confidence_is_the_routers_after_each_token(gated, groups, depth, granularity):
+    """And weights are those of the prompt, then of its answer, as they are when it is generated."""
+    directory, stored = gated(depth, granularity)
+    traced = trace(directory, TEXT, max_new_tokens=4)
+    model, base = load(directory), plain(groups(TABLE[0], 3).base.resolve())
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        hidden = base(input_ids=whole, output_hidden_states=True).hidden_states[depth][0]
+    unit = hidden / hidden.square().mean(dim=-1, keepdim=True).sqrt()
+    means = prefix_means(unit @ stored["weight"].T if depth else stored["table"][whole[0]])
+    assert traced.classes == ("e1", "e2", "e3", "base")
+    torch.testing.assert_close(traced.confidence, (means + stored["bias"]).softmax(dim=-1), atol=1e-4, rtol=1e-4)
+    decided = means[len(IDS) - 1].expand_as(means) if granularity == "prompt" else means
+    p = (decided + stored["bias"]).softmax(dim=-1)
+    want = torch.where(p >= p.topk(2).values[:, 1:], p, 0.0) / p.topk(2).values.sum(dim=-1, keepdim=True)
+    for name, w in traced.modules.items():
+        blocks = [int(part) for part in name.split(".") if part.isdigit()]
+        before = depth and (name == "model.embed_tokens" or min(blocks, default=depth) < depth)
+        torch.testing.assert_close(w, torch.zeros_like(w) if before else want[:, :3], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_route_shows_the_confidence(builds, tmp_path):
+    """Letters speak of e1, digits of e3, the beginning and everything else of the base."""
+    table = torch.eye(4)[3].repeat(259, 1)
+    table[[3 + byte for byte in b"abc"]], table[[3 + byte for byte in b"123"]] = torch.eye(4)[0], torch.eye(4)[2]
+    stored = {"table": 5 * table, "bias": torch.tensor([0.1, 0.0, 0.2, 0.0])}
+    directory = copied(builds(TABLE[0], 3, rank=16)[0], tmp_path / "gated")
+    give_router(directory, stored, granularity="prefix", top_k=1)
+    result = CliRunner().invoke(main, ["route", str(directory), "abc !123123"])
+    assert result.exit_code == 0, result.output
+    rows = {line.split()[0]: line.split()[1:] for line in result.output.splitlines() if line.strip()}
+    assert rows["confidence"] == rows["overall"] == [*"-0000000", *"2222"]
 
 
 def test_what_routes_nothing_is_refused(groups, builds, tmp_path):

@@ -97,7 +97,7 @@ def calibrate(
         OutputError: the checkpoint cannot be written.
     """
     config = config or CalibrateConfig(**options)
-    directory, layout = _checkpoint(path)
+    directory, layout = opened(path)
     classes = [*layout.experts, *([] if config.no_base else [BASE])]
     if config.top_k > len(classes):
         raise ConfigError(f"--top-k {config.top_k} is more than the router's {len(classes)} classes")
@@ -106,6 +106,8 @@ def calibrate(
     discard(directory, "router")  # a router that cannot be read is in the way of the rest
     model = load(directory, dtype=config.dtype, router=_NONE)
     reader = Reader(model, load_tokenizer(directory, padding_side="left"), config)
+    if config.depth is not None and config.depth >= reader.blocks:
+        raise ConfigError(f"--depth {config.depth}: the model has depths 0 to {reader.blocks - 1}")
     seen, kept = _samples(reader, layout.experts, prompts, config, progress)
     chosen, depths, found = _fit_best(seen, classes, config.depth)
     given_base = prompts is not None and BASE in prompts
@@ -137,14 +139,18 @@ def calibrate(
     return Calibration(classes, chosen, depths, _left_out(seen, found, classes), confidence, texts, held_out)
 
 
-def _checkpoint(path: str | Path) -> tuple[Path, Layout]:
+def opened(path: str | Path) -> tuple[Path, Layout]:
+    """The directory of an upscaled checkpoint, and its layout. Raises LoadError if it is none, or on the Hub."""
     directory = Path(path)
     if not directory.is_dir():
         raise LoadError(f"{path}: not a directory; a model of the Hub must be downloaded first, to change its router")
     section = read_config(locate(path)).get("upscale")
     if section is None:
         raise LoadError(f"{path}: a plain model, which has no router; give an upscaled one")
-    return directory, Layout.from_config(section)
+    try:
+        return directory, Layout.from_config(section)
+    except (ValueError, KeyError) as error:
+        raise LoadError(f"{path}: {error}") from error
 
 
 def _check(prompts: Mapping[str, Sequence[str]], experts: Sequence[str]) -> None:
@@ -244,8 +250,6 @@ def _pairs(samples: Sequence[Sample]):
 def _choose(depths: Sequence[Depth], wanted: int | None) -> int:
     """The first depth whose accuracy is within a standard error of the best: layers before it are not routed."""
     if wanted is not None:
-        if wanted not in (known := [d.depth for d in depths]):
-            raise ConfigError(f"--depth {wanted}: the model has depths {known[0]} to {known[-1]}")
         return wanted
     best = max(depths, key=lambda d: d.accuracy)
     return next(d.depth for d in depths if d.accuracy >= best.accuracy - best.accuracy_error)

@@ -65,6 +65,7 @@ class Reader:
             tokenizer.pad_token = tokenizer.eos_token
         text = model.config.get_text_config()
         self.context = getattr(text, "max_position_embeddings", None) or 1 << 30
+        self.blocks = text.num_hidden_layers
         weight = model.get_input_embeddings().weight.detach()
         self.embeddings = unit_rms(weight).cpu()  # [V, d], what depth 0 sees
         self.deeper = config.granularity == "prefix" and config.depth != 0

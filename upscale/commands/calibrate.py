@@ -44,8 +44,8 @@ def calibrate(out: str, prompts: tuple[str, ...], by_itself: bool, **options) ->
       upscale calibrate out --self
     """
     from upscale.calibrating.calibration import calibrate as run
+    from upscale.calibrating.calibration import opened
     from upscale.calibrating.prompts import load_prompts
-    from upscale.loading import locate, read_config
     from upscale.runtime.routing_upscaled import BASE
 
     config = CalibrateConfig(**options)
@@ -53,8 +53,7 @@ def calibrate(out: str, prompts: tuple[str, ...], by_itself: bool, **options) ->
         raise TaskError("give either --prompts NAME=FILE for every expert, or --self")
     given = None
     if not by_itself:
-        experts = read_config(locate(out)).get("upscale", {}).get("experts", [])
-        given = load_prompts(_files(prompts), experts, BASE) if experts else {}
+        given = load_prompts(_files(prompts), opened(out)[1].experts, BASE)
         if few := [f"{name} ({len(texts)})" for name, texts in given.items() if len(texts) < 4]:
             console.print(f"[yellow]warning[/] fewer than 4 prompts for {', '.join(few)}", highlight=False)
     quiet_libraries()
