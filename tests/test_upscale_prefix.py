@@ -342,6 +342,21 @@ def test_what_cannot_be_averaged_is_said(gated):
         model(input_ids=IDS[:, :3], attention_mask=torch.ones(2, 3), past_key_values=cache)
 
 
+@pytest.mark.parametrize("granularity", ["prompt", "prefix"])
+def test_a_half_model_routes_tokens_bit_for_bit_alike(gated, tmp_path, granularity):
+    directory = gated(LLAMA, {"granularity": granularity, "top_k": None, "half_life": 5.0})
+    full, half = load(directory), load(directory, dtype="bfloat16")
+    half.save_pretrained(tmp_path / "saved")
+    weights = []
+    for model in (full, half, load(tmp_path / "saved")):
+        model.routing.trace = {}
+        assert torch.isfinite(logits(model)).all()
+        weights.append(model.routing.trace)
+    assert half.get_input_embeddings().weight.dtype == torch.bfloat16 and half.router.table.dtype == torch.float32
+    for name, w in weights[0].items():
+        assert all(torch.equal(others[name], w) for others in weights[1:])
+
+
 def test_a_saved_copy_routes_alike(gated, gate, tmp_path):
     model = load(gated(LLAMA, gate))
     model.save_pretrained(tmp_path / "saved")

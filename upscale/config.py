@@ -42,7 +42,9 @@ class SmileConfig:
         metavar="N.NNx",
     )
     energy: float | None = option(
-        None, "Part of every module's and expert's squared delta to keep, e.g. 0.95, instead of one rank.", metavar="PART"
+        None,
+        "Part of every module's and expert's squared delta to keep, e.g. 0.95, instead of one rank.",
+        metavar="PART",
     )
     scope: str = option(
         "linear", "How far back the projection router gathers evidence: this linear, this block's, or the model's."
