@@ -1,9 +1,11 @@
 """What a calibrated router costs: time to calibrate, and time it adds to a forward pass, on one checkpoint.
 
-    python benchmarks/routing_cost.py GROUP PROMPTS       # writes benchmarks/routing_cost.json
+    export OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000
+    taskset -c 0 python benchmarks/routing_cost.py GROUP PROMPTS       # writes benchmarks/routing_cost.json
 
 GROUP is a group file, PROMPTS a directory of NAME.jsonl. The same experts run in both arms: once chosen by the router,
-once forced, pass by pass in turn. Run it on an idle machine.
+once forced, pass by pass in turn. Run it on an idle machine; with an allocator that gives memory back to the system
+between passes, the time of the page faults depends on chance in the order of requests and drowns what is measured.
 """
 
 import json
@@ -30,7 +32,10 @@ PASSES = 60
 
 
 def _forward(model, ids: torch.Tensor, expert: str) -> dict:
-    """Median seconds of a pass, routed and forced to the expert that the router chooses, in turn."""
+    """Median seconds of a pass, routed and forced to the expert that the router chooses, in turn.
+
+    What routing adds is the median over pairs of passes that follow each other: the machine's speed drifts.
+    """
     arms: dict[str, list[float]] = {"routed": [], "forced": []}
     with torch.no_grad():
         for n in range(PASSES + 5):
@@ -41,7 +46,8 @@ def _forward(model, ids: torch.Tensor, expert: str) -> dict:
                 if n >= 5:
                     arms[arm].append(time.perf_counter() - start)
     medians = {arm: statistics.median(times) for arm, times in arms.items()}
-    return {**medians, "added": medians["routed"] / medians["forced"] - 1}
+    added = statistics.median(a / b for a, b in zip(arms["routed"], arms["forced"], strict=True)) - 1
+    return {**medians, "added": added}
 
 
 @click.command()
@@ -72,6 +78,7 @@ def main(group: Path, prompts: Path) -> None:
                 console.print(f"{granularity} {sequences} x {tokens}: {cost['added']:+.2%}")
     found["versions"] = {package: version(package) for package in ("upscale-zoo", "torch", "transformers")}
     found["machine"] = {"processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    found["environment"] = {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "MALLOC_"))}
     (HERE / "routing_cost.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

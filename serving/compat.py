@@ -1,5 +1,8 @@
 """Everything that reaches into vLLM's internals, and the versions for which it was read or run."""
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -106,9 +109,42 @@ def renamed(model: nn.Module, name: str) -> str:
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return name
-    map_name = getattr(mapper, "map_name", None) or mapper._map_name  # the latter in older versions
-    parent, _, leaf = name.rpartition(".")
-    if not parent:
-        return (map_name(f"{leaf}.weight") or name).removesuffix(".weight")
-    # Only the parent is mapped: the mapper would also fuse `q_proj` into `qkv_proj` and lose which part it is.
-    return f"{(map_name(f'{parent}.weight') or parent).removesuffix('.weight')}.{leaf}"
+    rename = getattr(mapper, "get_rename_mapper", lambda: mapper)()  # without fusing `q_proj` into `qkv_proj`
+    map_name = getattr(rename, "map_name", None) or rename._map_name  # the latter in older versions
+    return (map_name(f"{name}.weight") or name).removesuffix(".weight")
+
+
+def batched(model: nn.Module) -> bool:
+    """Whether the model is transformers' own inside vLLM, whose tensors are [1, T, ...]."""
+    return any(base.__module__.startswith("vllm.model_executor.models.transformers") for base in type(model).__mro__)
+
+
+def forget_residual(block: nn.Module) -> None:
+    """Take an argument ``residual`` from a decoder block that overwrites it unread.
+
+    vLLM's blocks take hidden states and a residual still to be added to them; some return a residual that they have
+    added themselves, and the next block does not look at it.
+    """
+    names = list(inspect.signature(block.forward).parameters)
+    if "residual" not in names or not _overwrites(block.forward, "residual"):
+        return
+    place = names.index("residual")
+
+    def drop(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args[:place] + (None,) * (len(args) > place) + args[place + 1 :], {
+            key: None if key == "residual" else value for key, value in kwargs.items()
+        }
+
+    block.register_forward_pre_hook(drop, with_kwargs=True)
+
+
+def _overwrites(function: Callable, name: str) -> bool:
+    """Whether the first statement of a function that mentions the argument ``name`` sets it to something else."""
+
+    def mentions(node: ast.AST) -> bool:
+        return any(isinstance(part, ast.Name) and part.id == name for part in ast.walk(node))
+
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(definition, ast.FunctionDef)
+    first = next((statement for statement in definition.body if mentions(statement)), None)
+    return isinstance(first, ast.Assign) and not mentions(first.value)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from upscale.runtime.mixture_upscaled import ModuleLayout, mixture
@@ -110,6 +116,39 @@ class Mixture(nn.Module):
             pieces.append(mixture(projections[number], w, part.layout.ranks, self.up[number], bias))
         added = [pieces[n] if n is not None else y.new_zeros(*y.shape[:-1], size) for n, size in self.spans]
         return y + (added[0] if len(added) == 1 else torch.cat(added, dim=-1))
+
+
+def may_be_reordered(linear: Any) -> bool:
+    """Whether ``linear`` is fused in the checkpoint as in vLLM, so that the model's loader may move its rows."""
+    return (
+        isinstance(linear, QKVParallelLinear | MergedColumnParallelLinear)
+        and linear.mixture.parts[0].index is None
+        and isinstance(linear.quant_method, UnquantizedLinearMethod)
+    )
+
+
+def rows_as_loaded(load: Callable, linear: Any, name: str, shape: Sequence[int]) -> Tensor:
+    """The checkpoint's rows of a linear in the order in which the model's own loader leaves them on this rank.
+
+    Some models keep queries, keys and values head by head on disk, and their loaders sort them (BLOOM, Falcon). A
+    tensor that holds the numbers of its rows, loaded in the weight's place, tells the order.
+
+    Args:
+        load: the model's ``load_weights``.
+        linear: unquantised, all of its columns on this rank.
+        name: of its weight in the checkpoint.
+        shape: of that tensor, [o, i] or transposed.
+
+    Returns:
+        [o'] numbers of rows.
+    """
+    width = linear.input_size
+    height = shape[0] * shape[1] // width
+    digits = torch.tensor([65536, 256, 1])  # of the numbers, each exact in 16-bit floats
+    weight = torch.zeros(height, width)
+    weight[:, :3] = torch.arange(height).unsqueeze(1) // digits % 256
+    load([(name, weight if tuple(shape) == (height, width) else weight.T)])
+    return (linear.weight[:, :3].cpu().long() * digits).sum(dim=1)
 
 
 def _rows(linear: Any, part: Part) -> list[slice]:

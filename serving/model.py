@@ -11,8 +11,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from serving.compat import check_version, hand_over_weights, renamed
-from serving.mixture import Part, attach, carry
+from serving.compat import batched, check_version, forget_residual, hand_over_weights, renamed
+from serving.mixture import Part, attach, carry, may_be_reordered, rows_as_loaded
 from serving.plugin import PREFIX
 from serving.prefix import AttentionMean, attention_like
 from serving.prompts import PromptWeights, by_prompt, forced_expert
@@ -22,7 +22,19 @@ from upscale.runtime.routers_upscaled import make_router
 from upscale.runtime.routing_upscaled import Routing
 
 _OTHER_ROUTER = re.compile(r"router\.[0-9a-f]{8}\.")  # of a calibration that is being replaced
+# What vLLM's classes call their fused linears, also those that do not say what they fuse.
+_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 Loaders = dict[str, list[tuple[str, Callable[[Tensor], str]]]]  # by tensor: (module, copies it and names the parameter)
+
+
+class BatchedRouting(Routing):
+    """The Routing of a model whose tensors are [1, T, ...]."""
+
+    def weights(self, name: str, y: Tensor, *args, **kwargs) -> Tensor:
+        """See ``Routing.weights``."""
+        if self.forced is None and self.given is not None and y.ndim > 2:
+            return self.given[: y.shape[1]].unsqueeze(0)
+        return super().weights(name, y, *args, **kwargs)
 
 
 class UpscaledModel(nn.Module):
@@ -37,7 +49,7 @@ class UpscaledModel(nn.Module):
         config.architectures = ours
         layout = Layout.from_config(config.upscale)
         self.router = make_router(layout.modules, layout.router)
-        self.routing = Routing(layout.experts, self.router)
+        self.routing = (BatchedRouting if batched(self) else Routing)(layout.experts, self.router)
         forced = self.routing.one_hot(forced_expert(vllm_config))
         self.routing.forced = None if forced is None else forced.to(next(self.parameters()).device)
         located = _located(self, layout)
@@ -66,8 +78,12 @@ class UpscaledModel(nn.Module):
         )
         by_site = {site: mean for (site, _), mean in zip(sites, self.means, strict=True)}
         dtype = vllm_config.model_config.dtype
-        self.router.mean = lambda site, values: by_site[site](values, self.router.positions, dtype)
+        self.router.mean = lambda site, values: by_site[site](values.flatten(0, -2), self.router.positions, dtype).view(
+            values.shape
+        )
         if self.router.shared:
+            for block in self.modules():
+                forget_residual(block)
             embedding = next(m for m in self.modules() if isinstance(m, VocabParallelEmbedding))
             watch(self, embedding, list(located), self.router)
 
@@ -102,16 +118,27 @@ class UpscaledModel(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the experts' tensors here and hand all others to the base's class. Returns the parameters loaded."""
         loaded, missing = set(), set(self._loaders)
+        upscaled = [module for module in self.modules() if hasattr(module, "mixture")]
+        fused = {linear.mixture.parts[0].name: linear for linear in upscaled if may_be_reordered(linear)}
+        held: list[tuple[str, Tensor]] = []  # until the order of their rows is known
+
+        def take(name: str, tensor: Tensor) -> None:
+            loaded.update(f"{path}.{load(tensor)}" for path, load in self._loaders[name])
+            missing.discard(name)
 
         def others():
             for name, tensor in weights:
                 if name in self._loaders:
-                    loaded.update(f"{path}.{load(tensor)}" for path, load in self._loaders[name])
-                    missing.discard(name)
+                    held.append((name, tensor)) if name.split(".experts.")[0] in fused else take(name, tensor)
                 elif not _OTHER_ROUTER.match(name):
+                    for part in [part for part in fused if f".{part}.weight".endswith(f".{name}")]:
+                        load = partial(super(UpscaledModel, self).load_weights)
+                        fused[part].mixture.rows = [[rows_as_loaded(load, fused[part], name, tensor.shape)]]
                     yield name, tensor
 
         loaded |= super().load_weights(others()) or set()  # type: ignore[misc]
+        for name, tensor in held:
+            take(name, tensor)
         if missing:
             raise ValueError(f"tensors of experts or router are missing: {sorted(missing)[:3]}; build them again")
         return loaded
@@ -131,7 +158,7 @@ def _add_experts(module: Any, args: tuple, output: Any) -> Any:
 
 def _located(model: nn.Module, layout: Layout) -> dict[str, list[Part]]:
     """The upscaled linears by the vLLM module that holds them; those of other pipeline stages are left out."""
-    packed = getattr(model, "packed_modules_mapping", {})
+    packed = {**_FUSED, **getattr(model, "packed_modules_mapping", {})}
     modules = dict(model.named_modules())
     found: dict[str, list[Part]] = {}
     for name, module_layout in layout.modules.items():
