@@ -4,7 +4,8 @@
     python benchmarks/routing.py GROUPS zoo-small lora hard       # evaluates them; writes benchmarks/routing.json
 
 GROUPS holds for each group `group.yaml`, `tasks/`, `prompts/` and, for the group "hard", `tasks-instructed/` and
-`prompts-instructed/`; and `books.jsonl`, text of no expert's domain. Interrupted, it goes on where it was.
+`prompts-instructed/`; and `books.jsonl`, text of no expert's domain, with `books-prompts.jsonl`.
+Interrupted, it goes on where it was.
 """
 
 import json
@@ -61,12 +62,13 @@ class _Bench:
         self.work.mkdir(parents=True, exist_ok=True)
         self.config = EvalConfig(prompt_template=TEMPLATE, max_new_tokens=64, batch_size=50, limit=limit)
         self.tasks = [groups / name / f"tasks{variant}" / f"{e}.jsonl" for e in self.experts] + [groups / "books.jsonl"]
-        self.prompts = self._prompts(groups / name / f"prompts{variant}", PROMPTS)
+        self.books = groups / "books-prompts.jsonl"
         self.files = groups / name / f"prompts{variant}"
 
-    def _prompts(self, directory: Path, count: int) -> dict:
-        given = load_prompts({e: [directory / f"{e}.jsonl"] for e in self.experts}, self.experts, "base")
-        return {name: prompts[:count] for name, prompts in given.items()}
+    def _prompts(self, directory: Path, count: int, given: bool) -> dict:
+        files = {e: [directory / f"{e}.jsonl"] for e in self.experts}
+        found = {name: prompts[:count] for name, prompts in load_prompts(files, self.experts, "base").items()}
+        return found | (load_prompts({"base": [self.books]}, self.experts, "base") if given else {})
 
     def build(self, name: str, **options) -> Path:
         out = self.work / name.replace(", ", "-").replace(" ", "-")
@@ -74,10 +76,13 @@ class _Bench:
         smile(self.group, out, **options)
         return out
 
-    def calibrated(self, name: str, count: int = PROMPTS, build: Mapping | None = None, **options) -> tuple[Path, dict]:
+    def calibrated(
+        self, name: str, count: int = PROMPTS, build: Mapping | None = None, *, given: bool = False, **options
+    ) -> tuple[Path, dict]:
+        """With ``given``, the base class is learnt from other paragraphs of the books."""
         out = self.build(name, **(build or {}))
         start = time.perf_counter()
-        found = calibrate(out, self._prompts(self.files, count), prompt_template=TEMPLATE, **options)
+        found = calibrate(out, self._prompts(self.files, count, given), prompt_template=TEMPLATE, **options)
         return out, {"seconds": round(time.perf_counter() - start, 2), "left_out": dict(found.accuracy)}
 
     def run(self, models: Mapping[str, Path], *, oracle: tuple[str, ...] = (), baselines: bool = True) -> dict:
@@ -123,9 +128,9 @@ def _lora(bench: _Bench) -> dict:
 
 def _hard(bench: _Bench) -> dict:
     models, timing = {"projection": bench.build("projection", rank=64, router_rank=4)}, {}
-    for count in (8, 32):
-        name = f"calibrated, {count} prompts"
-        models[name], timing[name] = bench.calibrated(name, count, build={"rank": 64})
+    for count, given in ((8, False), (32, False), (8, True)):
+        name = f"calibrated, {count} prompts{', base given' * given}"
+        models[name], timing[name] = bench.calibrated(name, count, build={"rank": 64}, given=given)
     found = bench.run(models, oracle=("calibrated, 8 prompts",), baselines=True)
     return {**found, "calibration": timing}
 

@@ -11,7 +11,7 @@ with features; half of their training rows carry an instruction line before the 
 
 OUT gets `zoo-small/`, `lora/` and `hard/`, each with `group.yaml`, `tasks/` (test rows), `prompts/` (training prompts)
 and `training/` (how each expert was made); `hard/` also `tasks-instructed/` and `prompts-instructed/`; and
-`books.jsonl`, neutral text.
+`books.jsonl`, neutral text, and `books-prompts.jsonl`, 32 other paragraphs of it.
 """
 
 import gzip
@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SEED = 0
 TEST_ROWS, TRAIN_PROMPTS, PARAGRAPHS = 200, 64, 200
+SHOWN = 32
 BATCH, POOL = 64, 16  # rows a batch, and batches whose rows are sorted by length together
 WARMUP_STEPS = 30
 RANK, SCALE = 16, 2.0
@@ -129,12 +130,19 @@ def write_group(directory: Path, data: Path, base: str, experts: dict[str, str],
                 write_jsonl(directory / f"{name}-instructed" / f"{task}.jsonl", [instructed(task, r) for r in rows])
 
 
-def write_books(file: Path, data: Path) -> None:
-    """Write paragraphs from the last 2 % of the books, which the base was not trained on."""
+def write_books(directory: Path, data: Path) -> None:
+    """Write paragraphs from the last 2 % of the books, which the base was not trained on, and others like them.
+
+    ``books.jsonl`` is to be scored, ``books-prompts.jsonl`` may be shown to a router as text of no expert.
+    """
     with gzip.open(data / "corpus" / "books_en.txt.gz", "rt", encoding="utf-8") as lines:
         paragraphs = [line.strip() for line in lines]
     held_out = [text for text in paragraphs[-len(paragraphs) // 50 :] if 200 <= len(text) <= 1200]
-    write_jsonl(file, [{"text": text} for text in random.Random(f"{SEED} books").sample(held_out, PARAGRAPHS)])
+    scored = random.Random(f"{SEED} books").sample(held_out, PARAGRAPHS)
+    write_jsonl(directory / "books.jsonl", [{"text": text} for text in scored])
+    others = sorted(set(held_out) - set(scored))
+    shown = random.Random(f"{SEED} books shown").sample(others, SHOWN)
+    write_jsonl(directory / "books-prompts.jsonl", [{"prompt": text} for text in shown])
 
 
 def copy_model(source: Path, target: Path) -> None:
@@ -236,7 +244,7 @@ def main(what: str, out: Path, data: Path, zoo: Path, only: tuple[str, ...]) -> 
     """Make groups of small models from real data."""
     if what == "files":
         write_group(out / "zoo-small", data, str(zoo / "base"), {task: str(zoo / task) for task in LORA})
-        write_books(out / "books.jsonl", data)
+        write_books(out, data)
     else:
         recipes = LORA if what == "lora" else HARD
         write_group(out / what, data, "base", {task: task for task in recipes}, alike=what == "hard")
