@@ -19,7 +19,8 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from upscale.runtime.mixture_upscaled import ModuleLayout, mixture
+from upscale.runtime.layout_upscaled import ModuleLayout
+from upscale.runtime.mixture_upscaled import mixture
 from upscale.runtime.routing_upscaled import Routing
 
 
@@ -111,9 +112,10 @@ class Mixture(nn.Module):
         pieces, projections = [], z.split(self.sizes, dim=-1)
         for number, whole in enumerate(seen.split(self.sizes, dim=-1)):
             part = self.parts[number]
-            w = self.routing.weights(part.name, whole, whole, part.layout.ranks) if given is None else given
+            ranks = part.layout.ranks
+            w = self.routing.weights(part.name, whole, x, whole, ranks) if given is None else given
             bias = self.bias[str(number)] if part.layout.bias else None
-            pieces.append(mixture(projections[number], w, part.layout.ranks, self.up[number], bias))
+            pieces.append(mixture(projections[number], w, ranks, self.up[number], bias))
         added = [pieces[n] if n is not None else y.new_zeros(*y.shape[:-1], size) for n, size in self.spans]
         return y + (added[0] if len(added) == 1 else torch.cat(added, dim=-1))
 

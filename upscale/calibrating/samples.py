@@ -11,9 +11,10 @@ from upscale.config import CalibrateConfig
 from upscale.device import check_device
 from upscale.errors import TaskError
 from upscale.evaluating.encoding import as_chat
+from upscale.runtime.calibrated_upscaled import unit_rms
 from upscale.runtime.modeling_upscaled import watch
 from upscale.runtime.prefix_upscaled import running_mean
-from upscale.runtime.routers_upscaled import Router, unit_rms
+from upscale.runtime.router_upscaled import Router
 from upscale.runtime.routing_upscaled import BASE
 
 WRITTEN = 96  # tokens of a text that a model writes by itself

@@ -44,8 +44,8 @@ def calibrate(out: str, prompts: tuple[str, ...], by_itself: bool, **options) ->
       upscale calibrate out --self
     """
     from upscale.calibrating.calibration import calibrate as run
-    from upscale.calibrating.calibration import opened
     from upscale.calibrating.prompts import load_prompts
+    from upscale.router_file import opened
     from upscale.runtime.routing_upscaled import BASE
 
     config = CalibrateConfig(**options)

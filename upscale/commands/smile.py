@@ -48,7 +48,7 @@ def smile(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], dr
 
 
 def _show_plan(plan) -> None:
-    from upscale.building.plan import kind
+    from upscale.building.skeleton import kind
 
     table = Table(title="Plan: modules to upscale, by kind", title_justify="left")
     for column in ("module", "modules", "shape", "rank an expert", "parameters"):
@@ -89,7 +89,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def show_report(report) -> None:
     """Print what a build kept, linear by linear and expert by expert."""
-    from upscale.building.plan import kind
+    from upscale.building.skeleton import kind
 
     kinds = list(dict.fromkeys(kind(module.name) for module in report.modules))
     table = Table(title="Energy kept, mean over experts", title_justify="left")
