@@ -68,7 +68,7 @@ def make(config, weight_deltas, bias_deltas=None, conv=False, base_bias=True, dt
     given = zip(names, weight_deltas, strict=True)
     upscaled = upscale_linear(whole, given, named_biases, (config.rank,) * len(names), config)
     model = Model(linear).to(dtype)
-    model.routing = inject(model, Layout("smile", names, router(config), {"linear": upscaled.layout}))
+    model.routing = inject(model, Layout("smile", names, router({}, config)[0], {"linear": upscaled.layout}))
     with torch.no_grad():
         for name, tensor in upscaled.tensors.items():
             getattr(model.linear.experts, name).copy_(tensor)

@@ -9,18 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from upscale.adapting.adaptation import adapt
     from upscale.building.build import smile, wemoe
     from upscale.calibrating.calibration import calibrate
-    from upscale.config import CalibrateConfig, EvalConfig, SmileConfig, WemoeConfig
+    from upscale.config import AdaptConfig, CalibrateConfig, EvalConfig, SmileConfig, WemoeConfig
     from upscale.evaluating.evaluation import evaluate
     from upscale.loading import load
     from upscale.merging.merging import merge
 
 _HOME = {
+    "AdaptConfig": "config",
     "CalibrateConfig": "config",
     "EvalConfig": "config",
     "SmileConfig": "config",
     "WemoeConfig": "config",
+    "adapt": "adapting.adaptation",
     "calibrate": "calibrating.calibration",
     "evaluate": "evaluating.evaluation",
     "load": "loading",
@@ -29,10 +32,12 @@ _HOME = {
     "wemoe": "building.build",
 }
 __all__ = [
+    "AdaptConfig",
     "CalibrateConfig",
     "EvalConfig",
     "SmileConfig",
     "WemoeConfig",
+    "adapt",
     "calibrate",
     "evaluate",
     "load",
