@@ -6,7 +6,7 @@ import torch
 from transformers import PretrainedConfig
 
 from serving.prompts import KEY, forced_expert
-from upscale.runtime.mixture_upscaled import Layout
+from upscale.runtime.layout_upscaled import Layout
 from upscale.runtime.modeling_upscaled import MODEL_TYPE, base_config
 from upscale.runtime.routers_upscaled import make_router
 from upscale.runtime.routing_upscaled import Routing

@@ -112,7 +112,7 @@ def demo(limit: int, record: str | None) -> None:
 
 def _build(group: Group, out: Path) -> None:
     from upscale.building.build import smile
-    from upscale.commands.smile import show_report
+    from upscale.commands.building import show_report
 
     with progress_bar("upscaling") as progress:
         report = smile(group, out, SMILE, progress=progress)

@@ -19,7 +19,9 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from upscale.runtime.mixture_upscaled import ModuleLayout, mixture
+from upscale.runtime.dense_upscaled import unpack, weighted
+from upscale.runtime.layout_upscaled import DENSE, LOW_RANK, ModuleLayout
+from upscale.runtime.mixture_upscaled import mixture
 from upscale.runtime.routing_upscaled import Routing
 
 
@@ -41,8 +43,11 @@ class Part:
 class Mixture(nn.Module):
     """The experts of one vLLM linear on this rank.
 
-    Column-parallel linears hold ``down`` whole and their rows of ``up``; row-parallel ones hold their columns of
-    ``down`` and ``up`` whole, and sum the projections over ranks before routing (a norm is not linear).
+    Column-parallel linears hold their rows of what makes outputs; row-parallel ones their columns of what reads inputs.
+
+    Attributes:
+        rows: for each part, the rows of the checkpoint's linear that are on this rank, in order.
+        column: the columns that are on this rank.
     """
 
     def __init__(self, linear: Any, parts: Sequence[Part], routing: Routing):
@@ -53,43 +58,26 @@ class Mixture(nn.Module):
         self.by_row = isinstance(linear, RowParallelLinear) and linear.tp_size > 1
         self.first_rank = getattr(linear, "tp_rank", 0) == 0
         columns = linear.input_size_per_partition if isinstance(linear, RowParallelLinear) else None
+        self.width = columns or parts[0].layout.in_features
         self.column = (
             slice(None) if columns is None else slice(linear.tp_rank * columns, (linear.tp_rank + 1) * columns)
         )
         self.rows = [_rows(linear, part) for part in parts]
-        self.sizes = [sum(part.layout.ranks) for part in parts]
-        width = columns or parts[0].layout.in_features
-        self.down = nn.Parameter(torch.empty(sum(self.sizes), width), requires_grad=False)
-        self.up = nn.ParameterList()
+        self.heights = [sum(s.stop - s.start for s in rows) + _padding(linear, rows) for rows in self.rows]
         self.bias = nn.ParameterDict()
-        for number, (part, rows, size) in enumerate(zip(parts, self.rows, self.sizes, strict=True)):
-            height = sum(s.stop - s.start for s in rows) + _padding(linear, rows)
-            self.up.append(nn.Parameter(torch.zeros(height, size), requires_grad=False))
+        for number, (part, height) in enumerate(zip(parts, self.heights, strict=True)):
             if part.layout.bias:
                 bias = torch.zeros(len(part.layout.ranks), height)
                 self.bias[str(number)] = nn.Parameter(bias, requires_grad=False)
-        self.spans = _spans(linear, parts, self.up)
+        self.spans = _spans(linear, parts, self.heights)
 
     def loaders(self) -> dict[str, Callable[[Tensor], str]]:
         """For each tensor of the checkpoint, a function that copies this rank's share and names the parameter."""
-        loaders: dict[str, Callable[[Tensor], str]] = {}
-        for number, part in enumerate(self.parts):
-            owner = part.layout.tied or part.name
-            loaders[f"{owner}.experts.down"] = lambda t, n=number: self._load_down(t, n)
-            loaders[f"{owner}.experts.up"] = lambda t, n=number: self._load_up(t, n)
-            if part.layout.bias:
-                loaders[f"{part.name}.experts.bias"] = lambda t, n=number: self._load_bias(t, n)
-        return loaders
-
-    def _load_down(self, tensor: Tensor, number: int) -> str:
-        start = sum(self.sizes[:number])
-        self.down.data[start : start + self.sizes[number]].copy_(tensor[:, self.column])
-        return "down"
-
-    def _load_up(self, tensor: Tensor, number: int) -> str:
-        share = torch.cat([tensor[rows] for rows in self.rows[number]])
-        self.up[number].data[: len(share)].copy_(share)
-        return f"up.{number}"
+        return {
+            f"{part.name}.experts.bias": lambda t, n=number: self._load_bias(t, n)
+            for number, part in enumerate(self.parts)
+            if part.layout.bias
+        }
 
     def _load_bias(self, tensor: Tensor, number: int) -> str:
         share = torch.cat([tensor[:, rows] for rows in self.rows[number]], dim=1)
@@ -106,16 +94,109 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, given: Tensor | None = None) -> Tensor:
         """Add the experts' part for ``x`` [T, i] to the base's output ``y`` [T, o]; weights [T, E] may be ``given``."""
+        pieces = self.pieces(x, y, given)
+        added = [pieces[n] if n is not None else y.new_zeros(*y.shape[:-1], size) for n, size in self.spans]
+        return y + (added[0] if len(added) == 1 else torch.cat(added, dim=-1))
+
+    def pieces(self, x: Tensor, y: Tensor, given: Tensor | None) -> list[Tensor]:
+        """What the experts of each part add: [T, its rows]."""
+        raise NotImplementedError
+
+
+class LowRankMixture(Mixture):
+    """Factors of all parts: their ``down`` in one, so that the input is projected once.
+
+    A row-parallel linear holds its columns of ``down`` and ``up`` whole, and sums the projections over ranks before
+    routing (a norm is not linear).
+    """
+
+    def __init__(self, linear: Any, parts: Sequence[Part], routing: Routing):
+        super().__init__(linear, parts, routing)
+        self.sizes = [sum(part.layout.ranks) for part in parts]
+        self.down = nn.Parameter(torch.empty(sum(self.sizes), self.width), requires_grad=False)
+        self.up = nn.ParameterList(
+            nn.Parameter(torch.zeros(height, size), requires_grad=False)
+            for height, size in zip(self.heights, self.sizes, strict=True)
+        )
+
+    def loaders(self) -> dict[str, Callable[[Tensor], str]]:
+        """See Mixture."""
+        loaders = super().loaders()
+        for number, part in enumerate(self.parts):
+            owner = part.layout.tied or part.name
+            loaders[f"{owner}.experts.down"] = lambda t, n=number: self._load_down(t, n)
+            loaders[f"{owner}.experts.up"] = lambda t, n=number: self._load_up(t, n)
+        return loaders
+
+    def _load_down(self, tensor: Tensor, number: int) -> str:
+        start = sum(self.sizes[:number])
+        self.down.data[start : start + self.sizes[number]].copy_(tensor[:, self.column])
+        return "down"
+
+    def _load_up(self, tensor: Tensor, number: int) -> str:
+        share = torch.cat([tensor[rows] for rows in self.rows[number]])
+        self.up[number].data[: len(share)].copy_(share)
+        return f"up.{number}"
+
+    def pieces(self, x: Tensor, y: Tensor, given: Tensor | None) -> list[Tensor]:
+        """See Mixture."""
         z = F.linear(x, self.down)
         seen = tensor_model_parallel_all_reduce(z.clone()) if self.by_row else z
         pieces, projections = [], z.split(self.sizes, dim=-1)
         for number, whole in enumerate(seen.split(self.sizes, dim=-1)):
             part = self.parts[number]
-            w = self.routing.weights(part.name, whole, whole, part.layout.ranks) if given is None else given
+            ranks = part.layout.ranks
+            w = self.routing.weights(part.name, whole, x, whole, ranks) if given is None else given
             bias = self.bias[str(number)] if part.layout.bias else None
-            pieces.append(mixture(projections[number], w, part.layout.ranks, self.up[number], bias))
-        added = [pieces[n] if n is not None else y.new_zeros(*y.shape[:-1], size) for n, size in self.spans]
-        return y + (added[0] if len(added) == 1 else torch.cat(added, dim=-1))
+            pieces.append(mixture(projections[number], w, ranks, self.up[number], bias))
+        return pieces
+
+
+class DenseMixture(Mixture):
+    """Whole deltas ``delta`` [E, rows, columns] of each part, unpacked if the checkpoint has them sparse."""
+
+    def __init__(self, linear: Any, parts: Sequence[Part], routing: Routing):
+        super().__init__(linear, parts, routing)
+        experts = len(parts[0].layout.ranks)
+        self.delta = nn.ParameterList(
+            nn.Parameter(torch.zeros(experts, height, self.width), requires_grad=False) for height in self.heights
+        )
+        self._packed: dict[int, dict[str, Tensor]] = {}
+
+    def loaders(self) -> dict[str, Callable[[Tensor], str]]:
+        """See Mixture."""
+        loaders = super().loaders()
+        for number, part in enumerate(self.parts):
+            if part.layout.vectors == DENSE:
+                loaders[f"{part.name}.experts.delta"] = lambda t, n=number: self._load(t, n)
+                continue
+            for name in ("values", "gaps"):
+                loaders[f"{part.name}.experts.{name}"] = lambda t, n=number, name=name: self._gather(name, t, n)
+        return loaders
+
+    def _gather(self, name: str, tensor: Tensor, number: int) -> str:
+        """Keep one of the two tensors of a sparse delta until the other one comes."""
+        packed = self._packed.setdefault(number, {})
+        packed[name] = tensor
+        if len(packed) == 2:
+            layout = self.parts[number].layout
+            self._load(unpack(packed["values"], packed["gaps"], (layout.out_features, layout.in_features)), number)
+            del self._packed[number]
+        return f"delta.{number}"
+
+    def _load(self, tensor: Tensor, number: int) -> str:
+        share = torch.cat([tensor[:, rows, self.column] for rows in self.rows[number]], dim=1)
+        self.delta[number].data[:, : share.shape[1]].copy_(share)
+        return f"delta.{number}"
+
+    def pieces(self, x: Tensor, y: Tensor, given: Tensor | None) -> list[Tensor]:
+        """See Mixture."""
+        pieces = []
+        for number, part in enumerate(self.parts):
+            w = self.routing.weights(part.name, y, x, None, part.layout.ranks) if given is None else given
+            bias = self.bias[str(number)] if part.layout.bias else None
+            pieces.append(weighted(x, w, self.delta[number], bias))
+        return pieces
 
 
 def may_be_reordered(linear: Any) -> bool:
@@ -186,10 +267,10 @@ def _padding(linear: Any, rows: list[slice]) -> int:
     return linear.num_embeddings_per_partition - sum(s.stop - s.start for s in rows)
 
 
-def _spans(linear: Any, parts: Sequence[Part], up: nn.ParameterList) -> list[tuple[int | None, int]]:
+def _spans(linear: Any, parts: Sequence[Part], heights: Sequence[int]) -> list[tuple[int | None, int]]:
     """The output's columns in order: (number of the part, columns), None for a fused linear that is not upscaled."""
     if parts[0].index is None:
-        return [(0, up[0].shape[0])]
+        return [(0, heights[0])]
     numbers = {part.index: number for number, part in enumerate(parts)}
     return [(numbers.get(index), size) for index, size in enumerate(linear.output_partition_sizes)]
 
@@ -222,7 +303,8 @@ def attach(linear: Any, parts: Sequence[Part], routing: Routing) -> Mixture:
         raise TypeError(
             f"{parts[0].name} is a {type(linear).__name__} in vLLM, not a linear; it cannot be upscaled there"
         )
-    linear.mixture = Mixture(linear, parts, routing)
+    kind = LowRankMixture if parts[0].layout.vectors == LOW_RANK else DenseMixture
+    linear.mixture = kind(linear, parts, routing)
     method = copy(linear.quant_method)
     # A subclass, not a wrapper: vLLM asks for class attributes and isinstance of its quant methods.
     method.__class__ = _with_experts(type(method))

@@ -16,7 +16,8 @@ from serving.mixture import Part, attach, carry, may_be_reordered, rows_as_loade
 from serving.plugin import PREFIX
 from serving.prefix import AttentionMean, attention_like
 from serving.prompts import PromptWeights, by_prompt, forced_expert
-from upscale.runtime.mixture_upscaled import EMBEDDING, LINEAR, EmbeddingExperts, Layout, NormExperts
+from upscale.runtime.layout_upscaled import EMBEDDING, LINEAR, Layout
+from upscale.runtime.mixture_upscaled import EmbeddingExperts, NormExperts
 from upscale.runtime.modeling_upscaled import watch
 from upscale.runtime.routers_upscaled import make_router
 from upscale.runtime.routing_upscaled import Routing

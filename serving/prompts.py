@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from upscale.loading import locate
-from upscale.runtime.mixture_upscaled import Layout
+from upscale.runtime.calibrated_upscaled import CalibratedRouter
+from upscale.runtime.layout_upscaled import Layout
 from upscale.runtime.modeling_upscaled import stored_tensors
 from upscale.runtime.prefix_upscaled import running_mean
-from upscale.runtime.routers_upscaled import CalibratedRouter, make_router
+from upscale.runtime.routers_upscaled import make_router
 from upscale.runtime.routing_upscaled import Routing
 
 KEY = "upscale"  # in a request's extra arguments, beside the user's own "expert"

@@ -5,7 +5,8 @@ import shutil
 
 import torch
 
-from zoo.amend import amend, content_key
+from zoo.amend import amend
+from zoo.part import content_key
 
 
 def give_router(directory, tensors, **settings):

@@ -217,9 +217,8 @@ def test_options_decide_what_is_written(fresh):
         torch.testing.assert_close(w.sum(dim=-1), torch.ones(w.shape[:-1]))
     recipe = yaml.safe_load((directory / "upscale.yaml").read_text())
     assert recipe["method"] == "smile" and recipe["config"]["rank"] == 16
-    assert (
-        recipe["router"]["calibrated"]
-        == CalibrateConfig(no_base=True, top_k=2, granularity="prefix", continuation=3).to_recipe()
+    assert recipe["router"]["calibrated"] == recipe(
+        CalibrateConfig(no_base=True, top_k=2, granularity="prefix", continuation=3)
     )
     assert recipe["router"]["prompts"].keys() == set(EXPERTS)
     calibrate(directory, {**PROMPTS, "e1": texts(9)["e1"]}, no_base=True)

@@ -16,9 +16,10 @@ from upscale import load
 from upscale.building.methods.smile import router, upscale_linear
 from upscale.building.skeleton import Linear
 from upscale.config import SmileConfig
-from upscale.runtime.mixture_upscaled import Layout, ModuleLayout
+from upscale.runtime.layout_upscaled import Layout, ModuleLayout
 from upscale.runtime.modeling_upscaled import inject
-from upscale.runtime.routers_upscaled import ROUTERS, Router
+from upscale.runtime.router_upscaled import Router
+from upscale.runtime.routers_upscaled import ROUTERS
 
 I, O = 24, 18  # noqa: E741
 NAMES = ("a", "b", "c")
@@ -67,7 +68,7 @@ def make(config, weight_deltas, bias_deltas=None, conv=False, base_bias=True, dt
     given = zip(names, weight_deltas, strict=True)
     upscaled = upscale_linear(whole, given, named_biases, (config.rank,) * len(names), config)
     model = Model(linear).to(dtype)
-    model.routing = inject(model, Layout("smile", names, router(config), {"linear": upscaled.layout}))
+    model.routing = inject(model, Layout("smile", names, router({}, config)[0], {"linear": upscaled.layout}))
     with torch.no_grad():
         for name, tensor in upscaled.tensors.items():
             getattr(model.linear.experts, name).copy_(tensor)
@@ -281,7 +282,7 @@ class Toy(Router):
     def enter(self, depth, hidden):
         self.decided = (self.sharpness * hidden[..., :3]).softmax(dim=-1)
 
-    def forward(self, name, z, ranks):
+    def forward(self, name, x, z, ranks):
         return self.decided
 
 

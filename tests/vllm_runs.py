@@ -19,8 +19,9 @@ from vllm.outputs import RequestOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import upscale
-from upscale.runtime.mixture_upscaled import Layout
-from zoo.amend import amend, content_key
+from upscale.runtime.layout_upscaled import Layout
+from zoo.amend import amend
+from zoo.part import content_key
 
 # Long prompts are prefilled in chunks of at most 64 tokens, together with other requests.
 ENGINE = {

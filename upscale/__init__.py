@@ -1,7 +1,7 @@
 """Turn a zoo of fine-tuned models into one model that keeps every skill.
 
-``upscale.smile(group, out, rank=32)`` builds, ``upscale.calibrate(out, prompts)`` fits the router,
-``upscale.load(out)`` loads, ``upscale.evaluate(...)`` scores.
+``upscale.smile(group, out, rank=32)`` builds, as does ``upscale.wemoe``; ``upscale.calibrate(out, prompts)`` fits
+the router, ``upscale.load(out)`` loads, ``upscale.evaluate(...)`` scores.
 Everything is imported on first use, so that the command line starts at once.
 """
 
@@ -9,24 +9,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from upscale.building.build import smile
+    from upscale.adapting.adaptation import adapt
+    from upscale.building.build import smile, wemoe
     from upscale.calibrating.calibration import calibrate
-    from upscale.config import CalibrateConfig, EvalConfig, SmileConfig
+    from upscale.config import AdaptConfig, CalibrateConfig, EvalConfig, SmileConfig, WemoeConfig
     from upscale.evaluating.evaluation import evaluate
     from upscale.loading import load
     from upscale.merging.merging import merge
 
 _HOME = {
+    "AdaptConfig": "config",
     "CalibrateConfig": "config",
     "EvalConfig": "config",
     "SmileConfig": "config",
+    "WemoeConfig": "config",
+    "adapt": "adapting.adaptation",
     "calibrate": "calibrating.calibration",
     "evaluate": "evaluating.evaluation",
     "load": "loading",
     "merge": "merging.merging",
     "smile": "building.build",
+    "wemoe": "building.build",
 }
-__all__ = ["CalibrateConfig", "EvalConfig", "SmileConfig", "calibrate", "evaluate", "load", "merge", "smile"]
+__all__ = [
+    "AdaptConfig",
+    "CalibrateConfig",
+    "EvalConfig",
+    "SmileConfig",
+    "WemoeConfig",
+    "adapt",
+    "calibrate",
+    "evaluate",
+    "load",
+    "merge",
+    "smile",
+    "wemoe",
+]
 
 
 def __getattr__(name: str):

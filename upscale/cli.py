@@ -12,12 +12,14 @@ from zoo.errors import MismatchError, ZooError
 
 # One file a verb. `serve` and `demo` need vLLM, so they live in `serving` and are found by entry point.
 _COMMANDS = {
+    "adapt": "upscale.commands.adapt:adapt",
     "calibrate": "upscale.commands.calibrate:calibrate",
     "check": "upscale.commands.check:check",
     "eval": "upscale.commands.eval:evaluate",
     "route": "upscale.commands.route:route",
     "smile": "upscale.commands.smile:smile",
     "spectra": "upscale.commands.spectra:spectra",
+    "wemoe": "upscale.commands.wemoe:wemoe",
 }
 
 

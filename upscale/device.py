@@ -5,6 +5,18 @@ import torch
 from upscale.errors import ConfigError
 
 
+def usable_device(device: str) -> str:
+    """The device that a setting means, "auto" for a GPU where there is one.
+
+    Raises:
+        ConfigError: tensors cannot be computed there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return device
+
+
 def check_device(device: str) -> None:
     """Raise ConfigError unless tensors can be computed on ``device``."""
     try:

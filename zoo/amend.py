@@ -1,7 +1,6 @@
 """Change a small part of a finished checkpoint in place: a file of tensors and ``config.json``, all or nothing."""
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -9,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from zoo.checkpoint import INDEX
 from zoo.errors import OutputError
+from zoo.part import part_bytes, part_file
 
 
 def amend(
@@ -40,9 +39,9 @@ def amend(
             for left in directory.glob(f".{part}-*.partial"):  # by a process that was killed
                 left.unlink()
             old = list(directory.glob(f"{part}-*.safetensors"))
-            new = directory / f"{part}-{content_key(tensors)}.safetensors"
+            new = directory / part_file(part, tensors)
             if tensors:
-                _put(new, save(dict(tensors), metadata={"format": "pt"}))
+                _put(new, part_bytes(tensors))
             index = directory / INDEX
             if index.is_file():  # readers of sharded checkpoints look at no file that it does not name
                 _list(index, dict.fromkeys(tensors, new.name), ())
@@ -77,14 +76,6 @@ def discard(directory: str | Path, part: str) -> None:
                 (directory / name).unlink()
     except OSError as error:
         raise OutputError(f"{directory}: cannot be written: {error.strerror or error}") from error
-
-
-def content_key(tensors: Mapping[str, Tensor]) -> str:
-    """Eight hexadecimal digits that follow from the values of ``tensors``, in their order, whatever their names."""
-    digest = hashlib.sha256()
-    for tensor in tensors.values():
-        digest.update(save({"": tensor.contiguous()}))
-    return digest.hexdigest()[:8]
 
 
 @contextmanager

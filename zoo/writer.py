@@ -15,6 +15,7 @@ import torch
 
 from zoo.checkpoint import DTYPES, INDEX, SINGLE, TensorSpec
 from zoo.errors import OutputError
+from zoo.part import part_bytes, part_file
 
 SHARD_SIZE = 5_000_000_000  # bytes; the Hub's own default
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -148,8 +149,15 @@ class Writer:
         except OSError as error:
             raise self._full(error) from error
 
-    def commit(self, config: Mapping, files: Mapping[str, bytes | Path]) -> None:
+    def commit(
+        self,
+        config: Mapping,
+        files: Mapping[str, bytes | Path],
+        parts: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    ) -> None:
         """Finish the shards, add ``files`` (bytes, or paths to copy), write ``config.json`` last, rename to ``out``.
+
+        ``parts`` are small files of tensors beside the shards, by what their names begin with, as ``amend`` makes them.
 
         Raises:
             OutputError: the disk is full, or ``out`` was made meanwhile.
@@ -163,6 +171,10 @@ class Writer:
                 shard.path.rename(self.work / name)
                 weight_map |= dict.fromkeys(shard.entries, name)
                 total += shard.end
+            for part, tensors in (parts or {}).items():
+                file = part_file(part, tensors)
+                self._put(file, part_bytes(tensors))
+                weight_map |= dict.fromkeys(tensors, file)
             if len(shards) > 1:
                 index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
                 self._put(INDEX, json.dumps(index, indent=2).encode() + b"\n")

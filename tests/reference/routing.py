@@ -48,16 +48,22 @@ def gate(scores, bias, experts, top_k=None, half_life=None, prompt=None):
 def projection(inputs, downs, rank, top_k, scope="linear", granularity="token", standardise=False, head="lm_head"):
     """SMILE's router beyond the paper. Weights [T, E] by linear of one sequence, for linears in the model's order.
 
+    Beyond the linear, its own evidence is added to that of the block before, or of all blocks before.
+
     Args:
         inputs: of each linear, [T, i].
         downs: of each linear, the experts' [r, i]; r may be 0.
         rank, top_k, scope, granularity, standardise: as in ProjectionRouter.
-        head: the linear that is no part of a block: judged token by token, or by the last decision of a wider scope.
+        head: the linear that is no part of a block: judged token by token, or by the blocks before the last one.
     """
-    weights, gathered, place, last = {}, None, None, None
+    weights, blocks = {}, []  # of each block, in order: [its name, its evidence [T][E]]
     for name, x in inputs.items():
+        before = {"linear": [], "block": blocks[-2:-1], "model": blocks[:-1]}[scope]
         if name == head and scope != "linear":
-            weights[name] = last
+            rows = [
+                [sum(evidence[t][e] for _, evidence in before) for e in range(len(downs[name]))] for t in range(len(x))
+            ]
+            weights[name] = torch.tensor([top(softmax(row), top_k) for row in rows])
             continue
         energy = [[float((v[:rank] @ token).norm()) if len(v) else None for v in downs[name]] for token in x]
         if standardise or scope != "linear":
@@ -67,18 +73,23 @@ def projection(inputs, downs, rank, top_k, scope="linear", granularity="token", 
                 for row, some in zip(energy, active, strict=True)
             ]
         if scope != "linear":
-            block = ".".join(name.split(".")[: next(n for n, part in enumerate(name.split(".")) if part.isdigit()) + 1])
-            if gathered is None or (scope == "block" and block != place):
-                gathered, place = [[0.0] * len(downs[name]) for _ in x], block
-            gathered = [
-                [a + (b or 0.0) for a, b in zip(g, e, strict=True)] for g, e in zip(gathered, energy, strict=True)
-            ]
-            energy = gathered
+            energy = [[e or 0.0 for e in row] for row in energy]
         if granularity == "prefix" and name != head:
             idle = [e is None for e in energy[0]]
             finite = [[e or 0.0 for e in row] for row in energy]
             means = running_mean(finite, [1] * len(finite))
             energy = [[None if i else m for i, m in zip(idle, row, strict=True)] for row in means]
+        if scope != "linear":
+            parts = name.split(".")
+            place = ".".join(parts[: next(n for n, part in enumerate(parts) if part.isdigit()) + 1])
+            if not blocks or blocks[-1][0] != place:
+                blocks.append([place, [[0.0] * len(row) for row in energy]])
+            before = blocks[-2:-1] if scope == "block" else blocks[:-1]
+            evidence = blocks[-1][1]
+            blocks[-1][1] = [[a + b for a, b in zip(e, f, strict=True)] for e, f in zip(evidence, energy, strict=True)]
+            energy = [
+                [e + sum(past[t][n] for _, past in before) for n, e in enumerate(row)] for t, row in enumerate(energy)
+            ]
         rows = [top(softmax([-math.inf if e is None else e for e in row]), top_k) for row in energy]
-        weights[name] = last = torch.tensor(rows)
+        weights[name] = torch.tensor(rows)
     return weights

@@ -12,14 +12,18 @@ import yaml
 from torch import Tensor
 
 from upscale.building.card import card
+from upscale.building.methods import Method
 from upscale.building.methods import smile as smile_method
+from upscale.building.methods import wemoe as wemoe_method
 from upscale.building.plan import Plan, make_plan
 from upscale.building.report import ModuleReport, Report, RestReport
 from upscale.building.skeleton import Linear, Norm
-from upscale.config import SmileConfig
+from upscale.building.vectors import UpscaledLinear
+from upscale.config import BuildConfig, SmileConfig, WemoeConfig, recipe
 from upscale.errors import NonFiniteError
+from upscale.router_file import PART, named
 from upscale.runtime import runtime_files
-from upscale.runtime.mixture_upscaled import LINEAR, Layout, ModuleLayout
+from upscale.runtime.layout_upscaled import LINEAR, Layout, ModuleLayout
 from upscale.runtime.modeling_upscaled import upscaled_config
 from zoo import Checkpoint, Group, Source, Writer, check
 from zoo.files import companions
@@ -49,9 +53,29 @@ def smile(
     Raises:
         ZooError: anything that a user can cause; see ``zoo.errors`` and ``upscale.errors``.
     """
-    config = config or SmileConfig(**options)
+    return _made(smile_method, group, out, config or SmileConfig(**options), progress)
+
+
+def wemoe(
+    group: Group | str | Path,
+    out: str | Path,
+    config: WemoeConfig | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Build a WEMoE model from a group and write it to ``out``; otherwise as ``smile``.
+
+    Before ``upscale.adapt`` it is the merge of the group, up to what its MLPs' task vectors leave out.
+    """
+    return _made(wemoe_method, group, out, config or WemoeConfig(**options), progress)
+
+
+def _made(
+    method: Method, group: Group | str | Path, out: str | Path, config: BuildConfig, progress: Progress | None
+) -> Report:
     group = group if isinstance(group, Group) else Group.load(group)
-    return build(make_plan(check(group), smile_method, config, progress), group, out, progress=progress)
+    return build(make_plan(check(group), method, config, progress), group, out, progress=progress)
 
 
 def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | None = None) -> Report:
@@ -87,11 +111,11 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
             for name in (norm.weight, norm.bias):
                 if name is not None:
                     put(name, plan.base.read(name))
-            kept, reports = _norm(plan, norm)
+            changes, reports = _norm(plan, norm)
             rest_reports += reports
-            if kept is not None:
+            if changes is not None:
                 modules[norm.name] = plan.layouts[norm.name]
-                for tensor, value in kept.items():
+                for tensor, value in changes.items():
                     put(f"{norm.name}.experts.{tensor}", value)
         for linear in plan.linears:
             own = [name for name in (linear.weight, linear.bias) if name is not None and name not in plan.rest]
@@ -102,24 +126,26 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
                 modules[linear.name] = upscaled.layout
                 for tensor, value in upscaled.tensors.items():
                     put(f"{linear.name}.experts.{tensor}", value)
-                factors = upscaled.factors
+                kept = upscaled.kept
                 module_reports.append(
                     ModuleReport(
                         linear.name,
-                        {e: f.down.shape[0] for e, f in factors.items()},
-                        {e: f.norm for e, f in factors.items()},
-                        {e: f.left for e, f in factors.items()},
+                        {e: k.rank for e, k in kept.items()},
+                        {e: k.norm for e, k in kept.items()},
+                        {e: k.left for e, k in kept.items()},
                     )
                 )
             step(_nbytes(plan, linear), linear.name)
         for head, embedding in plan.tied.items():
             if embedding in modules:
                 modules[head] = replace(modules[embedding], kind=LINEAR, tied=embedding)
-        layout = Layout(plan.method.NAME, tuple(plan.experts), plan.method.router(plan.config), modules)
+        router, values = plan.method.router(modules, plan.config)
+        router, tensors = named(router, values)
+        layout = Layout(plan.method.NAME, tuple(plan.experts), router, modules)
         report = Report(
             plan.method.NAME, module_reports, rest_reports, plan.base_bytes, plan.group_bytes, writer.nbytes
         )
-        writer.commit(_config(plan, layout), _files(plan, group, report))
+        writer.commit(_config(plan, layout), _files(plan, group, report), {PART: tensors} if tensors else {})
     return report
 
 
@@ -154,17 +180,23 @@ def _rest(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
     if not source.is_floating_point():
         return source, RestReport(name, {}, {})
     base = source.to(plan.config.device).float()
-    norms = {}
-    mean = torch.zeros_like(base)
-    for expert in plan.experts:
-        delta = _delta(plan, expert, name, base)
-        norms[expert] = float(torch.linalg.vector_norm(delta))
-        mean += delta / len(plan.experts)
-    if plan.config.rest != "average" or not any(norms.values()):
+    norms: dict[str, float] = {}
+
+    def deltas() -> Iterator[Tensor]:
+        for expert in plan.experts:
+            delta = _delta(plan, expert, name, base)
+            norms[expert] = float(torch.linalg.vector_norm(delta))
+            yield delta
+
+    if plan.merging is None:
+        for _ in deltas():
+            pass
         return source, RestReport(name, norms, norms)
-    average = base + mean
-    left = {e: float(torch.linalg.vector_norm(_delta(plan, e, name, average))) for e in plan.experts}
-    return average, RestReport(name, norms, left)
+    merged = plan.merging(base, deltas())
+    if not any(norms.values()):
+        return source, RestReport(name, norms, norms)
+    left = {e: float(torch.linalg.vector_norm(_delta(plan, e, name, merged))) for e in plan.experts}
+    return merged, RestReport(name, norms, left)
 
 
 def _norm(plan: Plan, norm: Norm) -> tuple[dict[str, Tensor] | None, list[RestReport]]:
@@ -190,7 +222,7 @@ def _norms(experts: Sequence[str], rows: Tensor) -> dict[str, float]:
     return dict(zip(experts, torch.linalg.vector_norm(rows, dim=1).tolist(), strict=True))
 
 
-def _upscale(plan: Plan, linear: Linear):
+def _upscale(plan: Plan, linear: Linear) -> UpscaledLinear | None:
     """Hand the deltas of one linear to the method; None if it stays plain."""
     origin = _origin(plan, linear)
 
@@ -229,17 +261,17 @@ def _pinned(source: Source, model: Checkpoint) -> str:
 
 
 def _files(plan: Plan, group: Group, report: Report) -> Mapping[str, bytes | Path]:
-    recipe = {
+    made = {
         "upscale_zoo": version("upscale-zoo"),
         "method": plan.method.NAME,
         "base": _pinned(group.base, plan.base),
         "experts": {name: _pinned(source, plan.experts[name]) for name, source in group.experts.items()},
-        "config": plan.config.to_recipe(),
+        "config": recipe(plan.config),
     }
     return {
         **companions(plan.base.path),
         **runtime_files(),
-        "upscale.yaml": yaml.safe_dump(recipe, sort_keys=False).encode(),
+        "upscale.yaml": yaml.safe_dump(made, sort_keys=False).encode(),
         "report.json": json.dumps(report.to_json(), indent=1).encode() + b"\n",
         "README.md": card(group, report).encode(),
     }

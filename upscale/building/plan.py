@@ -1,20 +1,17 @@
 """Plan a build from headers alone: which linears are upscaled, what is written, how large it gets."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 
 from upscale.building.methods import Method
 from upscale.building.ranks import Progress, choose_ranks
-from upscale.building.skeleton import Linear, Norm, Skeleton, skeleton
-from upscale.config import SmileConfig
+from upscale.building.skeleton import Linear, Norm, skeleton
+from upscale.config import BuildConfig
 from upscale.device import check_device
-from upscale.errors import ConfigError, PlanError
-from upscale.runtime.mixture_upscaled import EMBEDDING, NORM, ModuleLayout
-from upscale.runtime.routers_upscaled import in_block
+from upscale.merging.merging import Merging
+from upscale.runtime.layout_upscaled import EMBEDDING, NORM, ModuleLayout, stored_dtype
 from zoo import Checkpoint, TensorSpec, Verdict
 from zoo.preflight import parameters
 
@@ -33,18 +30,20 @@ class Plan:
         tied: the embedding that lends the output head its factors, by the head's name.
         layouts: the largest layout that each can get, by module name.
         rest: tensors of the base that are not upscaled.
+        merging: how they are merged; None: they stay the base's.
         declared: every tensor that may be written.
     """
 
     base: Checkpoint
     experts: Mapping[str, Checkpoint]
     method: Method
-    config: SmileConfig
+    config: BuildConfig
     linears: Sequence[Linear]
     norms: Sequence[Norm]
     tied: Mapping[str, str]
     layouts: Mapping[str, ModuleLayout]
     rest: Sequence[str]
+    merging: Merging | None
     declared: Mapping[str, TensorSpec]
 
     @property
@@ -77,7 +76,7 @@ class Plan:
         return max(sizes)
 
 
-def make_plan(verdict: Verdict, method: Method, config: SmileConfig, progress: Progress | None = None) -> Plan:
+def make_plan(verdict: Verdict, method: Method, config: BuildConfig, progress: Progress | None = None) -> Plan:
     """Plan the build of a group that passed preflight; reads no weights, unless ranks follow the spectra.
 
     Args:
@@ -93,11 +92,9 @@ def make_plan(verdict: Verdict, method: Method, config: SmileConfig, progress: P
     """
     verdict.require()
     check_device(config.device)
-    if config.top_k > len(verdict.experts):
-        raise ConfigError(f"--top-k {config.top_k} is more than the group's {len(verdict.experts)} experts")
     base = verdict.base
     found = skeleton(base)
-    chosen, norms = _choose(found, config)
+    chosen, norms = method.choose(found, len(verdict.experts), config)
     embeddings = {n.weight: n.name for n in chosen if n.kind == EMBEDDING}
     tied = {n.name: embeddings[n.weight] for n in chosen if n.head and n.bias is None and n.weight in embeddings}
     chosen = [n for n in chosen if n.name not in tied]
@@ -113,41 +110,22 @@ def make_plan(verdict: Verdict, method: Method, config: SmileConfig, progress: P
     _declare(declared, layouts, weights)
     fixed = sum(spec.nbytes for spec in declared.values())
     ranks = choose_ranks(verdict, chosen, declared, fixed, config, progress)
-    of_linears = {n.name: method.largest(n, ranks[n.name]) for n in chosen}
+    of_linears = {n.name: method.largest(n, ranks[n.name], config) for n in chosen}
     _declare(declared, of_linears, weights)
-    return Plan(base, verdict.experts, method, config, chosen, norms, tied, layouts | of_linears, rest, declared)
+    merging = method.rest(verdict, config)
+    return Plan(
+        base, verdict.experts, method, config, chosen, norms, tied, layouts | of_linears, rest, merging, declared
+    )
 
 
 def _declare(declared: dict[str, TensorSpec], layouts: Mapping[str, ModuleLayout], weights: Mapping[str, str]) -> None:
     """Add the experts' tensors of ``layouts``, in the format of the weight that each belongs to."""
     for name, layout in layouts.items():
         for tensor, shape in layout.shapes().items():
-            declared[f"{name}.experts.{tensor}"] = TensorSpec(shape, declared[weights[name]].dtype)
+            dtype = stored_dtype(tensor, declared[weights[name]].dtype)
+            declared[f"{name}.experts.{tensor}"] = TensorSpec(shape, dtype)
 
 
-def output_dtype(dtype: torch.dtype, config: SmileConfig) -> torch.dtype:
+def output_dtype(dtype: torch.dtype, config: BuildConfig) -> torch.dtype:
     """The format in which a tensor of the base is written."""
     return dtype if config.dtype == "auto" or not dtype.is_floating_point else getattr(torch, config.dtype)
-
-
-def kind(module: str) -> str:
-    """A module's name with its block left out: ``model.layers.3.mlp.up_proj`` -> ``mlp.up_proj``."""
-    return re.split(r"\.\d+\.", module, maxsplit=1)[-1]
-
-
-def _choose(found: Skeleton, config: SmileConfig) -> tuple[list[Linear], list[Norm]]:
-    everything = config.rest == "experts"
-    linears = [n for n in found.linears if everything or config.lm_head or not n.head]
-    if not linears:
-        raise PlanError("no linear layer found in the decoder blocks of this architecture")
-    wanted = [*found.embeddings, *linears] if everything else linears
-    chosen = [n for n in wanted if _matches(n.name, config)]
-    if not chosen:
-        kinds = ", ".join(sorted({f"*.{kind(n.name)}" if in_block(n.name) else n.name for n in wanted}))
-        raise PlanError(f"--include and --exclude leave nothing to upscale; the model's modules are {kinds}")
-    return chosen, [n for n in found.norms if everything and _matches(n.name, config)]
-
-
-def _matches(name: str, config: SmileConfig) -> bool:
-    included = not config.include or any(fnmatchcase(name, glob) for glob in config.include)
-    return included and not any(fnmatchcase(name, glob) for glob in config.exclude)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from upscale.building.budget import energies_of, for_energy, parse_budget, within_budget
 from upscale.building.skeleton import Linear, skeleton
 from upscale.building.spectra import spectra
-from upscale.config import SmileConfig
+from upscale.config import BuildConfig
 from zoo import Checkpoint, TensorSpec, Verdict
 
 Progress = Callable[[int, int, str], None]  # done, in all, what is being done
@@ -16,7 +16,7 @@ def choose_ranks(
     linears: Sequence[Linear],
     declared: Mapping[str, TensorSpec],
     fixed: int,
-    config: SmileConfig,
+    config: BuildConfig,
     progress: Progress | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """By module, the rank of each expert.
@@ -34,7 +34,7 @@ def choose_ranks(
         NonFiniteError: NaN or infinity in a source.
     """
     experts = list(verdict.experts)
-    if config.budget is None and config.energy is None:
+    if config.one_rank:
         most = {n.name: min(config.rank, n.in_features, n.out_features) for n in linears}
         return {name: (rank,) * len(experts) for name, rank in most.items()}
     found = spectra(verdict, linears, device=config.device, progress=progress)

@@ -1,6 +1,7 @@
 """A model's structure without its weights: which of its modules can take experts, and which tensors they hold."""
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from upscale.errors import PlanError
-from upscale.runtime.mixture_upscaled import EMBEDDING, LINEAR
-from upscale.runtime.routers_upscaled import in_block
+from upscale.runtime.layout_upscaled import EMBEDDING, LINEAR
+from upscale.runtime.router_upscaled import in_block
 from zoo import Checkpoint
 from zoo.preflight import parameters
 
@@ -170,3 +171,8 @@ def _on_meta(config: Mapping) -> PreTrainedModel:
         raise PlanError(
             f"transformers makes no causal language model of this config.json ({kind}): {message}"
         ) from error
+
+
+def kind(module: str) -> str:
+    """A module's name with its block left out: ``model.layers.3.mlp.up_proj`` -> ``mlp.up_proj``."""
+    return re.split(r"\.\d+\.", module, maxsplit=1)[-1]

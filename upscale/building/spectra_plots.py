@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from upscale.building.plan import kind
+from upscale.building.skeleton import kind
 from upscale.building.spectra import OVERLAP_RANK, Spectra, block
 from upscale.errors import ConfigError
 

@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from torch import Tensor
 
+from upscale import router_file
 from upscale.calibrating.discriminant import Fit, fit
 from upscale.calibrating.samples import Reader, Sample
-from upscale.config import CalibrateConfig
-from upscale.errors import ConfigError, LoadError, TaskError
-from upscale.loading import load, load_tokenizer, locate, read_config
-from upscale.runtime import runtime_files
-from upscale.runtime.mixture_upscaled import Layout
+from upscale.config import CalibrateConfig, recipe
+from upscale.errors import ConfigError, TaskError
+from upscale.loading import load, load_tokenizer
 from upscale.runtime.routing_upscaled import BASE
-from zoo.amend import amend, content_key, discard
+from zoo.amend import discard
 
 Progress = Callable[[int, int, str], None]  # texts done, texts in all, what is being done
 _NONE = {"type": "projection", "rank": 1, "top_k": 1}  # the router that is there counts for nothing, even if broken
@@ -97,13 +94,13 @@ def calibrate(
         OutputError: the checkpoint cannot be written.
     """
     config = config or CalibrateConfig(**options)
-    directory, layout = opened(path)
+    directory, layout = router_file.opened(path)
     classes = [*layout.experts, *([] if config.no_base else [BASE])]
     if config.top_k > len(classes):
         raise ConfigError(f"--top-k {config.top_k} is more than the router's {len(classes)} classes")
     if prompts is not None:
         _check(prompts, layout.experts)
-    discard(directory, "router")  # a router that cannot be read is in the way of the rest
+    discard(directory, router_file.PART)  # a router that cannot be read is in the way of the rest
     model = load(directory, dtype=config.dtype, router=_NONE)
     reader = Reader(model, load_tokenizer(directory, padding_side="left"), config)
     if config.depth is not None and config.depth >= reader.blocks:
@@ -130,27 +127,15 @@ def calibrate(
         "top_k": config.top_k or None,
         "half_life": config.half_life,
     }
-    _write(directory, layout, router, values, prompts, config)
+    texts_used = {n: hashlib.sha256("\0".join(given).encode()).hexdigest()[:16] for n, given in (prompts or {}).items()}
+    made = {"calibrated": recipe(config), "prompts": texts_used or "written by the experts"}
+    router_file.replace(directory, layout, router, values, made)
     held_out = None if prompts is not None else _accuracy(kept, found, chosen, classes)
     ends = torch.cat([found.left_out[rows][:1] for rows in _rows(seen)])
     probability = ends.softmax(dim=-1).amax(dim=-1)
     confidence = {c: _mean([float(p) for p, s in zip(probability, seen, strict=True) if s.name == c]) for c in classes}
     texts = {c: sum(s.name == c for s in seen) for c in classes}
     return Calibration(classes, chosen, depths, _left_out(seen, found, classes), confidence, texts, held_out)
-
-
-def opened(path: str | Path) -> tuple[Path, Layout]:
-    """The directory of an upscaled checkpoint, and its layout. Raises LoadError if it is none, or on the Hub."""
-    directory = Path(path)
-    if not directory.is_dir():
-        raise LoadError(f"{path}: not a directory; a model of the Hub must be downloaded first, to change its router")
-    section = read_config(locate(path)).get("upscale")
-    if section is None:
-        raise LoadError(f"{path}: a plain model, which has no router; give an upscaled one")
-    try:
-        return directory, Layout.from_config(section)
-    except (ValueError, KeyError) as error:
-        raise LoadError(f"{path}: {error}") from error
 
 
 def _check(prompts: Mapping[str, Sequence[str]], experts: Sequence[str]) -> None:
@@ -272,32 +257,6 @@ def _accuracy(samples: Sequence[Sample], found: Fit, depth: int, classes: Sequen
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _write(
-    directory: Path,
-    layout: Layout,
-    router: dict,
-    values: Mapping[str, Tensor],
-    prompts: Mapping[str, Sequence[str]] | None,
-    config: CalibrateConfig,
-) -> None:
-    values = {name: value.contiguous() for name, value in values.items()}
-    # Names that change with the values: config.json, renamed into place last, decides which file counts.
-    names = f"router.{content_key(values)}"
-    fields = read_config(directory)
-    fields["upscale"] = Layout(layout.method, layout.experts, {**router, "tensors": names}, layout.modules).to_config()
-    recipe = directory / "upscale.yaml"
-    made = yaml.safe_load(recipe.read_text()) if recipe.is_file() else {}
-    digests = {
-        name: hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] for name, texts in (prompts or {}).items()
-    }
-    made["router"] = {"calibrated": config.to_recipe(), "prompts": digests or "written by the experts"}
-    files = {
-        **{name: file.read_bytes() for name, file in runtime_files().items()},
-        "upscale.yaml": yaml.safe_dump(made, sort_keys=False).encode(),
-    }
-    amend(directory, "router", {f"{names}.{n}": value for n, value in values.items()}, fields, files)
 
 
 def to_json(found: Calibration) -> dict:

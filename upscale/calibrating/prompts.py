@@ -9,23 +9,24 @@ from upscale.errors import TaskError
 LEAST = 2  # prompts of an expert: with one, none is left when it is left out
 
 
-def load_prompts(files: Mapping[str, Sequence[str | Path]], experts: Sequence[str], fallback: str) -> dict:
+def load_prompts(files: Mapping[str, Sequence[str | Path]], experts: Sequence[str], fallback: str | None) -> dict:
     """Prompts by expert, in the order of ``experts``.
 
     Args:
         files: by expert, ``.jsonl`` files with ``prompt`` (or ``text``) in each line, or text files of one a line.
         experts: names of all experts; each needs prompts.
-        fallback: a further name that may have prompts.
+        fallback: a further name that may have prompts; None for none.
 
     Raises:
         TaskError: an unknown or missing expert, a file that cannot be read or used, too few prompts; says which.
     """
-    if unknown := sorted(files.keys() - {*experts, fallback}):
-        raise TaskError(f"--prompts {unknown[0]}: no such expert; the model has {', '.join(experts)} and {fallback}")
+    names = [*experts, *([] if fallback is None else [fallback])]
+    if unknown := sorted(files.keys() - {*names}):
+        raise TaskError(f"--prompts {unknown[0]}: no such expert; the model has {', '.join(names)}")
     if missing := [name for name in experts if name not in files]:
         raise TaskError(f"no prompts for {', '.join(missing)}: every expert needs --prompts NAME=FILE")
     prompts = {}
-    for name in (*experts, fallback):
+    for name in names:
         if name not in files:
             continue
         prompts[name] = [prompt for file in files[name] for prompt in _read(Path(file))]

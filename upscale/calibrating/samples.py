@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from upscale.config import CalibrateConfig
-from upscale.device import check_device
+from upscale.device import usable_device
 from upscale.errors import TaskError
 from upscale.evaluating.encoding import as_chat
+from upscale.runtime.calibrated_upscaled import unit_rms
 from upscale.runtime.modeling_upscaled import watch
 from upscale.runtime.prefix_upscaled import running_mean
-from upscale.runtime.routers_upscaled import Router, unit_rms
+from upscale.runtime.router_upscaled import Router
 from upscale.runtime.routing_upscaled import BASE
 
 WRITTEN = 96  # tokens of a text that a model writes by itself
@@ -58,8 +59,7 @@ class Reader:
     """Runs texts through the base inside an upscaled model."""
 
     def __init__(self, model: Any, tokenizer: Any, config: CalibrateConfig):
-        device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        check_device(device)
+        device = usable_device(config.device)
         self.model, self.tokenizer, self.config = model.to(device), tokenizer, config
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

@@ -4,30 +4,16 @@ import click
 from rich.table import Table
 
 from upscale.commands.display import console, progress_bar, quiet_libraries, shade
-from upscale.commands.options import settings
+from upscale.commands.options import ManyPrompts, prompt_files, prompts_option, settings
 from upscale.config import CalibrateConfig
 from upscale.errors import TaskError
 
 
-class _ManyPrompts(click.Command):
-    """Lets ``--prompts`` take several NAME=FILE at once."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        for arg in args:
-            after = len(spread) > 1 and spread[-2] == "--prompts" and "=" in arg and not arg.startswith("-")
-            spread += ["--prompts", arg] if after else [arg]
-        return super().parse_args(ctx, spread)
-
-
-@click.command(cls=_ManyPrompts)
+@click.command(cls=ManyPrompts)
 @click.argument("out", metavar="OUT")
-@click.option(
-    "--prompts",
-    multiple=True,
-    metavar="NAME=FILE...",
-    help="Example prompts of an expert, 4 or more: .jsonl with `prompt` (or `text`), or a text file of one a line. "
-    "base=FILE gives text that is to go to no expert.",
+@prompts_option(
+    "Example prompts of an expert, 4 or more: .jsonl with `prompt` (or `text`), or a text file of one a line. "
+    "base=FILE gives text that is to go to no expert."
 )
 @click.option("--self", "by_itself", is_flag=True, help="No prompts: every expert writes its own examples.")
 @settings(CalibrateConfig)
@@ -44,8 +30,8 @@ def calibrate(out: str, prompts: tuple[str, ...], by_itself: bool, **options) ->
       upscale calibrate out --self
     """
     from upscale.calibrating.calibration import calibrate as run
-    from upscale.calibrating.calibration import opened
     from upscale.calibrating.prompts import load_prompts
+    from upscale.router_file import opened
     from upscale.runtime.routing_upscaled import BASE
 
     config = CalibrateConfig(**options)
@@ -53,7 +39,7 @@ def calibrate(out: str, prompts: tuple[str, ...], by_itself: bool, **options) ->
         raise TaskError("give either --prompts NAME=FILE for every expert, or --self")
     given = None
     if not by_itself:
-        given = load_prompts(_files(prompts), opened(out)[1].experts, BASE)
+        given = load_prompts(prompt_files(prompts), opened(out)[1].experts, BASE)
         if few := [f"{name} ({len(texts)})" for name, texts in given.items() if len(texts) < 4]:
             console.print(f"[yellow]warning[/] fewer than 4 prompts for {', '.join(few)}", highlight=False)
     quiet_libraries()
@@ -66,16 +52,6 @@ def calibrate(out: str, prompts: tuple[str, ...], by_itself: bool, **options) ->
             "give --prompts base=FILE with text that is to go to no expert",
             highlight=False,
         )
-
-
-def _files(prompts: tuple[str, ...]) -> dict[str, list[str]]:
-    files: dict[str, list[str]] = {}
-    for text in prompts:
-        name, found, file = text.partition("=")
-        if not found or not name or not file:
-            raise TaskError(f"--prompts {text}: write NAME=FILE")
-        files.setdefault(name, []).append(file)
-    return files
 
 
 def show(found) -> None:

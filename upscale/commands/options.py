@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from upscale.errors import TaskError
 from zoo import Group, GroupError
 
 
@@ -26,6 +27,34 @@ def settings(config: type) -> Callable[[Callable], Callable]:
         return command
 
     return decorate
+
+
+class ManyPrompts(click.Command):
+    """Lets ``--prompts`` take several NAME=FILE at once."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See click.Command."""
+        spread: list[str] = []
+        for arg in args:
+            after = len(spread) > 1 and spread[-2] == "--prompts" and "=" in arg and not arg.startswith("-")
+            spread += ["--prompts", arg] if after else [arg]
+        return super().parse_args(ctx, spread)
+
+
+def prompts_option(text: str) -> Callable[[Callable], Callable]:
+    """Decorate a command (of class ManyPrompts) with --prompts NAME=FILE."""
+    return click.option("--prompts", multiple=True, metavar="NAME=FILE...", help=text)
+
+
+def prompt_files(prompts: tuple[str, ...]) -> dict[str, list[str]]:
+    """Files by name, of --prompts NAME=FILE. Raises TaskError for what is no NAME=FILE."""
+    files: dict[str, list[str]] = {}
+    for text in prompts:
+        name, found, file = text.partition("=")
+        if not found or not name or not file:
+            raise TaskError(f"--prompts {text}: write NAME=FILE")
+        files.setdefault(name, []).append(file)
+    return files
 
 
 def inline_group(command: Callable) -> Callable:

@@ -129,7 +129,7 @@ def _show_energy(found, ranks: list[int]) -> None:
 
 
 def _show_ranks(found, wanted: dict[float, dict[str, dict[str, int]]]) -> None:
-    from upscale.building.plan import kind
+    from upscale.building.skeleton import kind
 
     table = _table(
         "Rank for an energy, as --energy takes it: mean over blocks and experts (largest)",

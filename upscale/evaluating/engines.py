@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig
 
 from upscale.config import EvalConfig
-from upscale.device import check_device
+from upscale.device import usable_device
 from upscale.errors import EngineError
 from upscale.evaluating.encoding import as_chat, encode_pair, windows
 from upscale.evaluating.trace import Trace
@@ -83,8 +83,7 @@ class TransformersEngine:
     """Batches of prompts of like length: padded left for ``generate``, right for scoring."""
 
     def __init__(self, model: str, config: EvalConfig):
-        device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        check_device(device)
+        device = usable_device(config.device)
         self.config, self.directory = config, locate(model)
         self.model: Any = load(model, dtype=config.dtype).to(torch.device(device))
         self.tokenizer = load_tokenizer(model, padding_side="left", truncation_side="left")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from upscale.errors import LoadError
 from upscale.loading import load, load_tokenizer
+from upscale.runtime.calibrated_upscaled import CalibratedRouter
 from upscale.runtime.modeling_upscaled import UpscaledModel
 from upscale.runtime.prefix_upscaled import running_mean
-from upscale.runtime.routers_upscaled import CalibratedRouter
 from upscale.runtime.routing_upscaled import BASE
 
 

@@ -1,6 +1,7 @@
 """Dense merges, the baselines that an upscaled model must beat: one plain model made of all."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,25 @@ from zoo.files import companions
 from zoo.preflight import parameters
 
 METHODS = ("average", "task-arithmetic", "ties")
-_SCALING = {"task-arithmetic": 0.3, "ties": 1.0}  # the papers' own, of task arithmetic for eight tasks
+SCALING = {"task-arithmetic": 0.3, "ties": 1.0}  # the papers' own, of task arithmetic for eight tasks
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How one tensor's deltas are merged: ``base + scale * combined``.
+
+    Attributes:
+        scale: of what is added to the base.
+        trims: of TIES, see ``ties.thresholds``; None for the plain sum of the deltas.
+    """
+
+    scale: float
+    trims: Sequence[float] | None = None
+
+    def __call__(self, base: Tensor, deltas: Iterable[Tensor]) -> Tensor:
+        """The merged tensor [...] float32, of the base's and the experts' deltas, taken one at a time."""
+        combined = _sum(deltas) if self.trims is None else elect(deltas, self.trims)
+        return base + self.scale * combined
 
 
 def merge(
@@ -45,23 +64,31 @@ def merge(
         ConfigError: unknown method, or a density that is not above 0 and at most 1.
         MismatchError, OutputError, CheckpointError: see ``zoo``.
     """
+    group = group if isinstance(group, Group) else Group.load(group)
+    verdict = check(group)
+    verdict.require()
+    merged = merging(verdict, method, scaling, density)
+    with Writer(out, parameters(verdict.base)) as writer:
+        for name in writer.declared:
+            source = verdict.base.read(name)
+            writer.write(name, merged(source.float(), _deltas(verdict, name)).to(source.dtype))
+        writer.commit(verdict.base.config, companions(verdict.base.path))
+
+
+def merging(verdict: Verdict, method: str, scaling: float | None = None, density: float = 0.2) -> Merging:
+    """The merge of a group's tensors; see ``merge`` for the arguments. TIES reads all of them, twice.
+
+    Raises:
+        ConfigError: unknown method, or a density that is not above 0 and at most 1.
+    """
     if method not in METHODS:
         raise ConfigError(f"merge method {method!r} is unknown; there are {', '.join(METHODS)}")
     if not 0 < density <= 1:
         raise ConfigError(f"density must be above 0 and at most 1, not {density}")
-    group = group if isinstance(group, Group) else Group.load(group)
-    verdict = check(group)
-    verdict.require()
-    scale = 1 / len(verdict.experts) if method == "average" else _SCALING[method] if scaling is None else scaling
-    with Writer(out, parameters(verdict.base)) as writer:
-        combine = _sum
-        if method == "ties":
-            combine = partial(elect, trims=thresholds(partial(_deltas, verdict), list(writer.declared), density))
-        for name in writer.declared:
-            source = verdict.base.read(name)
-            merged = combine(_deltas(verdict, name))
-            writer.write(name, (source.float() + scale * merged).to(source.dtype))
-        writer.commit(verdict.base.config, companions(verdict.base.path))
+    scale = 1 / len(verdict.experts) if method == "average" else SCALING[method] if scaling is None else scaling
+    if method != "ties":
+        return Merging(scale)
+    return Merging(scale, thresholds(partial(_deltas, verdict), list(parameters(verdict.base)), density))
 
 
 def _deltas(verdict: Verdict, name: str) -> Iterable[Tensor]:

@@ -1,23 +1,26 @@
-"""The layers of an upscaled model: what is stored for each module, and what it adds to the base's output.
+"""The layers of an upscaled model: what the experts add to the output of one of the base's modules.
 
 Symbols: ``B`` sequences, ``T`` tokens, ``E`` experts, ``r`` the rank of one expert, ``R`` the sum of the ranks,
 ``i``/``o`` in/out features, ``d`` width of a norm or an embedding, ``V`` vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FORMAT_VERSION = 1
-LINEAR, EMBEDDING, NORM = "linear", "embedding", "norm"
+from .layout_upscaled import ModuleLayout, stored_dtype
 
 
 def spread(w: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Repeat each expert's weight over its ``r`` columns: ``w`` [..., E] -> [..., R], same dtype."""
+    """Each expert's weight for each of its ``r`` columns: ``w`` [..., E] -> [..., R], same dtype.
+
+    Or the weights of its ``k`` terms, [..., E * k], of which it has the first ``r``.
+    """
+    if (terms := w.shape[-1] // len(ranks)) > 1:
+        return torch.cat([w[..., e * terms : e * terms + r] for e, r in enumerate(ranks)], dim=-1)
     if len(set(ranks)) == 1:
         return w.unsqueeze(-1).expand(*w.shape, ranks[0]).flatten(-2)
     return torch.cat([w[..., e : e + 1].expand(*w.shape[:-1], r) for e, r in enumerate(ranks)], dim=-1)
@@ -41,93 +44,6 @@ def mixture(z: Tensor, w: Tensor, ranks: Sequence[int], up: Tensor, bias: Tensor
     return y if bias is None else y + w @ bias
 
 
-# ------------------------------------------------------------------------------------------------------------ layout
-@dataclass(frozen=True)
-class ModuleLayout:
-    """What is stored for one module of the base.
-
-    Attributes:
-        in_features: i; of a norm, its width. An embedding is described as the output head of the same weight [V, d]:
-            ``in_features`` is d and ``out_features`` V, so that tied heads and embeddings share their factors.
-        out_features: o.
-        ranks: of each expert; 0 for one that did not change it, and for all experts of a norm.
-        bias: whether bias deltas are stored.
-        kind: "linear", "embedding" or "norm".
-        tied: the embedding whose factors this output head uses; it has none of its own.
-    """
-
-    in_features: int
-    out_features: int
-    ranks: tuple[int, ...]
-    bias: bool
-    kind: str = LINEAR
-    tied: str | None = None
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors ``<module>.experts.*``."""
-        experts, total = len(self.ranks), sum(self.ranks)
-        if self.tied:
-            return {}
-        if self.kind == NORM:
-            wide = (experts, self.out_features)
-            return {"scale": wide, "shift": wide} if self.bias else {"scale": wide}
-        shapes = {"down": (total, self.in_features), "up": (self.out_features, total)}
-        return shapes | ({"bias": (experts, self.out_features)} if self.bias else {})
-
-    @classmethod
-    def from_config(cls, entry: Mapping) -> "ModuleLayout":
-        """Parse an entry of ``modules``."""
-        return cls(**{**entry, "ranks": tuple(entry["ranks"])})
-
-    def to_config(self) -> dict:
-        """The entry as plain JSON values, without what is the default."""
-        entry: dict[str, Any] = {**self.__dict__, "ranks": list(self.ranks)}
-        if self.kind == LINEAR:
-            del entry["kind"]
-        if self.tied is None:
-            del entry["tied"]
-        return entry
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The ``upscale`` section of ``config.json``: everything an engine must know before it reads a tensor."""
-
-    method: str
-    experts: tuple[str, ...]
-    router: Mapping
-    modules: Mapping[str, ModuleLayout]
-
-    @classmethod
-    def from_config(cls, section: Mapping) -> "Layout":
-        """Parse the section. Raises ValueError for a version that this code does not know."""
-        if (version := section.get("format_version")) != FORMAT_VERSION:
-            raise ValueError(
-                f"format version {version} of the upscaled checkpoint is not {FORMAT_VERSION}; update upscale-zoo"
-            )
-        modules = {name: ModuleLayout.from_config(entry) for name, entry in section["modules"].items()}
-        return cls(section["method"], tuple(section["experts"]), section["router"], modules)
-
-    def to_config(self) -> dict:
-        """The section as plain JSON values."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "method": self.method,
-            "experts": list(self.experts),
-            "router": dict(self.router),
-            "modules": {name: module.to_config() for name, module in self.modules.items()},
-        }
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all experts' tensors, by their names in the checkpoint."""
-        return {
-            f"{name}.experts.{tensor}": shape
-            for name, module in self.modules.items()
-            for tensor, shape in module.shapes().items()
-        }
-
-
-# ------------------------------------------------------------------------------------------------------------ layers
 class Experts(nn.Module):
     """The experts of one module, with the tensors that its layout names; uninitialised."""
 
@@ -137,7 +53,7 @@ class Experts(nn.Module):
         for tensor in ("bias", "shift"):
             setattr(self, tensor, None)
         for tensor, shape in layout.shapes().items():
-            empty = torch.empty(shape, dtype=dtype, device=device)
+            empty = torch.empty(shape, dtype=stored_dtype(tensor, dtype), device=device)
             setattr(self, tensor, nn.Parameter(empty, requires_grad=False))
 
 
@@ -151,7 +67,7 @@ class LinearExperts(Experts):
     def forward(self, args: tuple, y: Tensor) -> Tensor:
         """Add the experts' part to the base's output ``y`` [..., o] for its input ``args[0]`` [..., i]."""
         z = F.linear(args[0], self.down)
-        w = self.routing.weights(self.name, y, z, self.ranks)
+        w = self.routing.weights(self.name, y, args[0], z, self.ranks)
         return y + mixture(z, w, self.ranks, self.up, self.bias)
 
 
@@ -201,7 +117,9 @@ class NormExperts(Experts):
     shift: Tensor | None
 
     def forward(self, args: tuple, y: Tensor) -> Tensor:
-        """Change the norm's output ``y`` [..., d], or [..., heads, d]."""
+        """Change the norm's output ``y`` [..., T, d], or of heads [..., T, h, d] or [..., h, T, d]."""
+        if y.ndim == 4 and y.stride(1) < y.stride(2):  # a view of [B, T, h, d]: some models bring heads forward first
+            return self.forward(args, y.transpose(1, 2)).transpose(1, 2)
         w = self.routing.weights(self.name, y).to(y.dtype)
         y = y + y * _like(w @ self.scale, y)
         return y if self.shift is None else y + _like(w @ self.shift, y)

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
-from .mixture_upscaled import EMBEDDING, LINEAR, NORM, EmbeddingExperts, Layout, LinearExperts, NormExperts, TiedExperts
+from .dense_upscaled import DenseExperts, SparseExperts
+from .layout_upscaled import DENSE, EMBEDDING, NORM, SPARSE, Layout, ModuleLayout
+from .mixture_upscaled import EmbeddingExperts, Experts, LinearExperts, NormExperts, TiedExperts
 from .prefix_upscaled import follow
-from .routers_upscaled import Router, in_block, make_router
+from .router_upscaled import Router, in_block
+from .routers_upscaled import make_router
 from .routing_upscaled import Routing
 
 MODEL_TYPE = "upscaled"
@@ -25,7 +28,7 @@ _AUTO_MAP = {
     "AutoConfig": "modeling_upscaled.UpscaledConfig",
     "AutoModelForCausalLM": "modeling_upscaled.UpscaledForCausalLM",
 }
-_LAYERS = {LINEAR: LinearExperts, EMBEDDING: EmbeddingExperts, NORM: NormExperts}
+_LAYERS = {DENSE: DenseExperts, SPARSE: SparseExperts, EMBEDDING: EmbeddingExperts, NORM: NormExperts}
 
 
 # --------------------------------------------------------------------------------------------------------- injection
@@ -41,9 +44,11 @@ def inject(model: Any, layout: Layout) -> Routing:
     watch(model, model.get_input_embeddings(), list(layout.modules), routing.router)
     for name, module_layout in layout.modules.items():
         module = model.get_submodule(name)
-        layer = TiedExperts if module_layout.tied else _LAYERS[module_layout.kind]
+        layer = _layer(module_layout)
         device = next(module.parameters()).device
-        module.experts = layer(name, module_layout, routing, dtype=dtype, device=device).requires_grad_()
+        module.experts = layer(name, module_layout, routing, dtype=dtype, device=device)
+        for parameter in module.experts.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
         if module_layout.tied:
             module.experts.share(model.get_submodule(module_layout.tied).experts)
         if module_layout.kind == EMBEDDING:
@@ -52,6 +57,10 @@ def inject(model: Any, layout: Layout) -> Routing:
         module.register_forward_hook(partial(_add_experts, **scale))
     model.router = routing.router
     return routing
+
+
+def _layer(layout: ModuleLayout) -> type[Experts]:
+    return TiedExperts if layout.tied else _LAYERS.get(layout.kind) or _LAYERS.get(layout.vectors, LinearExperts)
 
 
 def _add_experts(module: Any, args: tuple, y: Tensor, scale: Callable | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
-from .routers_upscaled import Router
+from .router_upscaled import Router
 
 _CHUNK = 256  # tokens whose weights on all tokens before are held at once
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .routers_upscaled import ProjectionRouter, Router
+from .projection_upscaled import ProjectionRouter
+from .router_upscaled import Router
 
 BASE = "base"  # the name that forces no expert at all
 
@@ -32,14 +33,22 @@ class Routing:
         self.trace: dict[str, Tensor] | None = None
 
     def weights(
-        self, name: str, y: Tensor, z: Tensor | None = None, ranks: Sequence[int] = (), *, once: bool = False
+        self,
+        name: str,
+        y: Tensor,
+        x: Tensor | None = None,
+        z: Tensor | None = None,
+        ranks: Sequence[int] = (),
+        *,
+        once: bool = False,
     ) -> Tensor:
-        """The weights [..., E] of the module ``name``.
+        """The weights [..., E] of the module ``name``, or of each term of its experts [..., E * k].
 
         Args:
             name: of the module in the checkpoint.
             y: [..., o] its output, which tells the tokens.
-            z: [..., R] its projections; None for an embedding or a norm, which the router knows nothing of.
+            x: [..., i] its input; None for an embedding or a norm, which the router knows nothing of.
+            z: [..., R] its projections; None if its task vectors are not low-rank.
             ranks: of each expert in ``z``.
             once: ``y`` may be one for all sequences: [1, T, o].
         """
@@ -49,10 +58,10 @@ class Routing:
         elif self.given is not None:
             w = self.given[: y.shape[0]]
         else:
-            decided = self._alone(y) if z is None else self.router(name, z, ranks)
+            decided = self._alone(y) if x is None else self.router(name, x, z, ranks)
             w = y.new_zeros((*y.shape[:-1], len(self.experts))) if decided is None else _fit(decided, y)
         if self.trace is not None:
-            self.trace[name] = w.detach()
+            self.trace[name] = w.detach().unflatten(-1, (len(self.experts), -1)).mean(dim=-1)
         return w
 
     def _alone(self, y: Tensor) -> Tensor | None:

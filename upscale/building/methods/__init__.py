@@ -1,12 +1,15 @@
-"""One file a method: what to store for one linear, given the experts' deltas of it."""
+"""One file a method: which modules it upscales, what it stores for each, and its router."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from upscale.building.skeleton import Linear
-from upscale.runtime.mixture_upscaled import ModuleLayout
+from upscale.building.skeleton import Linear, Norm, Skeleton
+from upscale.building.vectors import Deltas, UpscaledLinear
+from upscale.merging.merging import Merging
+from upscale.runtime.layout_upscaled import ModuleLayout
+from zoo import Verdict
 
 
 class Method(Protocol):
@@ -14,21 +17,29 @@ class Method(Protocol):
 
     NAME: str
 
-    def router(self, config: Any) -> dict:
-        """The router's entry in ``config.json``."""
+    def choose(self, found: Skeleton, experts: int, config: Any) -> tuple[list[Linear], list[Norm]]:
+        """The modules of a model to upscale, for so many experts."""
         ...
 
-    def largest(self, linear: Linear, ranks: Sequence[int]) -> ModuleLayout:
-        """The largest layout that a linear can get with these ranks of the experts."""
+    def rest(self, verdict: Verdict, config: Any) -> Merging | None:
+        """How the tensors of all other modules are merged; None: they stay the base's."""
+        ...
+
+    def largest(self, linear: Linear, ranks: Sequence[int], config: Any) -> ModuleLayout:
+        """The largest layout that a linear can get with these ranks of the experts: what to reserve."""
         ...
 
     def upscale_linear(
         self,
         linear: Linear,
-        deltas: Iterable[tuple[str, Tensor]],
-        bias_deltas: Mapping[str, Tensor] | None,
+        deltas: Deltas,
+        biases: Mapping[str, Tensor] | None,
         ranks: Sequence[int],
         config: Any,
-    ) -> Any:
+    ) -> UpscaledLinear | None:
         """The tensors and layout to store for one linear, or None to leave it plain."""
+        ...
+
+    def router(self, modules: Mapping[str, ModuleLayout], config: Any) -> tuple[dict, Mapping[str, Tensor]]:
+        """The router's entry in ``config.json`` and its tensors, for the modules that were upscaled."""
         ...

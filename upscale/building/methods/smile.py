@@ -1,84 +1,68 @@
 """SMILE: zero-shot sparse mixture of low-rank experts (arXiv 2408.10174, section 4)."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor
 
-from upscale.building.linalg import LowRank, factor
-from upscale.building.skeleton import Linear
+from upscale.building.skeleton import Linear, Norm, Skeleton, kind
+from upscale.building.vectors import Deltas, UpscaledLinear, low_rank
 from upscale.config import SmileConfig
-from upscale.errors import NonFiniteError
-from upscale.runtime.mixture_upscaled import ModuleLayout
+from upscale.errors import ConfigError, PlanError
+from upscale.merging.merging import Merging, merging
+from upscale.runtime.layout_upscaled import ModuleLayout
+from upscale.runtime.router_upscaled import in_block
+from zoo import Verdict
 
 NAME: str = "smile"
 
 
-@dataclass(frozen=True)
-class UpscaledLinear:
-    """What SMILE stores for one linear.
+def choose(found: Skeleton, experts: int, config: SmileConfig) -> tuple[list[Linear], list[Norm]]:
+    """The linears, and with ``rest`` "experts" embeddings, head and norms too, that the patterns leave.
 
-    Attributes:
-        layout: its entry in ``config.json``; rank 0 for an expert that did not change the weight.
-        tensors: ``down`` [R, i], ``up`` [o, R], and ``bias`` [E, o] if any expert changed the bias; float32.
-        factors: of each expert, for the report.
+    Raises:
+        PlanError: the patterns leave nothing.
+        ConfigError: ``top_k`` exceeds the number of experts.
     """
+    if config.top_k > experts:
+        raise ConfigError(f"--top-k {config.top_k} is more than the group's {experts} experts")
+    everything = config.rest == "experts"
+    linears = [n for n in found.linears if everything or config.lm_head or not n.head]
+    if not linears:
+        raise PlanError("no linear layer found in the blocks of this architecture")
+    wanted = [*found.embeddings, *linears] if everything else linears
+    chosen = [n for n in wanted if _matches(n.name, config)]
+    if not chosen:
+        kinds = ", ".join(sorted({f"*.{kind(n.name)}" if in_block(n.name) else n.name for n in wanted}))
+        raise PlanError(f"--include and --exclude leave nothing to upscale; the model's modules are {kinds}")
+    return chosen, [n for n in found.norms if everything and _matches(n.name, config)]
 
-    layout: ModuleLayout
-    tensors: Mapping[str, Tensor]
-    factors: Mapping[str, LowRank]
+
+def _matches(name: str, config: SmileConfig) -> bool:
+    included = not config.include or any(fnmatchcase(name, glob) for glob in config.include)
+    return included and not any(fnmatchcase(name, glob) for glob in config.exclude)
 
 
-def router(config: SmileConfig) -> dict:
-    """The router's entry in ``config.json``."""
+def rest(verdict: Verdict, config: SmileConfig) -> Merging | None:
+    """The average, or the base's own."""
+    return merging(verdict, "average") if config.rest == "average" else None
+
+
+def router(modules: Mapping[str, ModuleLayout], config: SmileConfig) -> tuple[dict, Mapping[str, Tensor]]:
+    """The projection router, which needs no tensors."""
     settings = {"type": "projection", "rank": config.router_rank, "top_k": config.top_k}
     beyond = {"scope": config.scope, "granularity": config.granularity, "standardise": config.standardise}
-    return settings | {name: value for name, value in beyond.items() if value not in ("linear", "token", False)}
+    return settings | {name: value for name, value in beyond.items() if value not in ("linear", "token", False)}, {}
 
 
-def largest(linear: Linear, ranks: Sequence[int]) -> ModuleLayout:
-    """The layout of a linear if every expert changed it: what to reserve before anything is read."""
+def largest(linear: Linear, ranks: Sequence[int], config: SmileConfig) -> ModuleLayout:
+    """The layout of a linear if every expert changed it."""
     return ModuleLayout(linear.in_features, linear.out_features, tuple(ranks), linear.bias is not None, linear.kind)
 
 
 def upscale_linear(
-    linear: Linear,
-    deltas: Iterable[tuple[str, Tensor]],
-    bias_deltas: Mapping[str, Tensor] | None,
-    ranks: Sequence[int],
-    config: SmileConfig,
+    linear: Linear, deltas: Deltas, biases: Mapping[str, Tensor] | None, ranks: Sequence[int], config: SmileConfig
 ) -> UpscaledLinear | None:
-    """Factor the experts' deltas of one linear, expert-major.
-
-    Args:
-        linear: which one.
-        deltas: (expert, its delta [o, i] float32), taken one at a time.
-        bias_deltas: by expert, [o] float32; None if the linear has no bias.
-        ranks: of each expert, at most.
-        config: exact or sketched, seed.
-
-    Returns:
-        The tensors to store; None if no expert changed the linear, which then stays a plain one.
-
-    Raises:
-        NonFiniteError: NaN or infinity in a delta.
-    """
-    # A sketch of its own for each expert: with one for all, flat spectra look as if they shared directions.
-    factors = {
-        expert: factor(delta, rank, exact=config.exact, seed=config.seed + number)
-        for number, ((expert, delta), rank) in enumerate(zip(deltas, ranks, strict=True))
-    }
-    bias = None if bias_deltas is None else torch.stack(list(bias_deltas.values()))
-    if bias is not None and not torch.isfinite(bias).all():
-        raise NonFiniteError("a bias delta has NaN or infinite values")
-    if bias is not None and not bias.any():
-        bias = None
-    kept = tuple(f.down.shape[0] for f in factors.values())
-    if not any(kept) and bias is None:
-        return None
-    down = torch.cat([f.down for f in factors.values()])
-    up = torch.cat([f.up for f in factors.values()], dim=1)
-    layout = ModuleLayout(down.shape[1], up.shape[0], kept, bias is not None, linear.kind)
-    tensors = {"down": down, "up": up} | ({} if bias is None else {"bias": bias})
-    return UpscaledLinear(layout, tensors, factors)
+    """Low-rank experts; None if no expert changed the linear, which then stays a plain one."""
+    upscaled = low_rank(linear, deltas, biases, ranks, exact=config.exact, seed=config.seed)
+    return upscaled if any(upscaled.layout.ranks) or upscaled.layout.bias else None

@@ -1,0 +1,1 @@
+"""Train the routers of an upscaled checkpoint on inputs without labels."""

@@ -1,0 +1,137 @@
+"""Inputs without labels to adapt on, a batch of one expert at a time: prompts of a language model, or any tensors.
+
+Symbols: ``B`` examples, ``T`` tokens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from upscale.config import AdaptConfig
+from upscale.errors import TaskError
+from upscale.evaluating.encoding import as_chat
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one expert.
+
+    Attributes:
+        inputs: of the model's ``forward``.
+        places: [B, T] bool, the predictions that count; None: the model predicts once for each example.
+    """
+
+    inputs: Mapping[str, Tensor]
+    places: Tensor | None = None
+
+
+class Examples(Protocol):
+    """What the trainer draws from."""
+
+    def count(self, expert: str) -> int:
+        """How many examples an expert has."""
+        ...
+
+    def batch(self, expert: str, rows: Sequence[int]) -> Batch:
+        """Some of them."""
+        ...
+
+
+class Tensors:
+    """Examples that are rows of tensors: pixel values of images, tokens of texts for a classifier."""
+
+    def __init__(self, inputs: Mapping[str, Mapping[str, Tensor]]):
+        self.inputs = inputs
+
+    def count(self, expert: str) -> int:
+        """See Examples."""
+        return len(next(iter(self.inputs[expert].values())))
+
+    def batch(self, expert: str, rows: Sequence[int]) -> Batch:
+        """See Examples."""
+        return Batch({name: tensor[list(rows)] for name, tensor in self.inputs[expert].items()})
+
+
+class Prompts:
+    """Prompts of each expert, each with a greedy answer; the predictions of the answer's tokens count.
+
+    Args:
+        model: an upscaled causal LM.
+        tokenizer: its own, padding left.
+        prompts: by expert.
+        config: ``chat``, ``prompt_template``, ``continuation``; "distil" takes the expert's own answers, "entropy"
+            those of the model as it is.
+        step: called with what is being done after each batch of answers.
+
+    Raises:
+        TaskError: a prompt that leaves no room for an answer in the context.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: Mapping[str, Sequence[str]],
+        config: AdaptConfig,
+        step: Callable[[str], None],
+    ):
+        self.tokenizer, self.config = tokenizer, config
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        text = model.config.get_text_config()
+        context = getattr(text, "max_position_embeddings", None) or 1 << 30
+        self.rows: dict[str, list[tuple[list[int], list[int]]]] = {}
+        for expert, given in prompts.items():
+            encoded = [self._encode(prompt) for prompt in given]
+            for number, ids in enumerate(encoded, start=1):
+                if len(ids) + config.continuation >= context:
+                    raise TaskError(
+                        f"prompt {number} for {expert} has {len(ids)} tokens; with {config.continuation} of an answer "
+                        f"it does not fit the model's context of {context}; shorten it or lower --continuation"
+                    )
+            answered = expert if config.objective == "distil" else None
+            self.rows[expert] = []
+            for start in range(0, len(encoded), 16):
+                self.rows[expert] += self._answer(model, encoded[start : start + 16], answered)
+                step(f"answers for {expert}")
+
+    def count(self, expert: str) -> int:
+        """See Examples."""
+        return len(self.rows[expert])
+
+    def batch(self, expert: str, rows: Sequence[int]) -> Batch:
+        """See Examples. Padded right; the last token of each text predicts nothing that counts."""
+        pairs = [self.rows[expert][row] for row in rows]
+        longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+        ids = torch.full((len(pairs), longest), self.tokenizer.pad_token_id)
+        mask, places = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for n, (prompt, answer) in enumerate(pairs):
+            end = len(prompt) + len(answer)
+            ids[n, :end], mask[n, :end] = torch.tensor(prompt + answer), 1
+            places[n, len(prompt) - 1 : end - 1] = True
+        return Batch({"input_ids": ids, "attention_mask": mask}, places)
+
+    def _encode(self, prompt: str) -> list[int]:
+        if self.config.chat:
+            return self.tokenizer(as_chat(self.tokenizer, prompt), add_special_tokens=False).input_ids
+        template = self.config.prompt_template.replace("\\n", "\n").replace("\\t", "\t")
+        return self.tokenizer(template.replace("{prompt}", prompt)).input_ids
+
+    def _answer(self, model: Any, encoded: list[list[int]], expert: str | None) -> list[tuple[list[int], list[int]]]:
+        batch = self.tokenizer.pad({"input_ids": encoded}, return_tensors="pt").to(model.device)
+        output = model.generate(
+            **{key: batch[key] for key in ("input_ids", "attention_mask")},
+            max_new_tokens=self.config.continuation,
+            do_sample=False,
+            repetition_penalty=1.0,
+            pad_token_id=self.tokenizer.pad_token_id,
+            expert=expert,
+        )
+        end = self.tokenizer.eos_token_id
+        found = []
+        for prompt, tail in zip(encoded, output[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+            found.append((prompt, tail[: tail.index(end) + 1] if end in tail else tail))  # the end is predicted too
+        return found

@@ -1,0 +1,100 @@
+"""WEMoE's router: a small network on each MLP's input says how much of every expert's task vector to add there.
+
+Symbols: ``T`` tokens, ``E`` experts, ``k`` weights an expert (1, but for rank-one WEMoE), ``d`` width of the input.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .layout_upscaled import LINEAR, ModuleLayout
+from .router_upscaled import Router, block
+
+SHARED = "shared"
+
+
+class EnsemblingRouter(Router):
+    """WEMoE's router (arXiv 2402.00433, section 3.3): weights ``lambda(h)`` of the task vectors, unbounded and signed.
+
+    A network of ``depth`` layers (0: a constant; 1: linear; 2: linear of the same width, ReLU, linear) reads the input
+    of a block's MLP, token by token, and its outputs are averaged. All linears of that MLP use the result. As published
+    the average is over the whole sequence ("sequence", for encoders); a decoder's is over the tokens so far ("prefix"),
+    equal to it at the last one, so that a cached pass gives what an uncached one gives.
+
+    One network for each block, or ``shared`` by all (E-WEMoE, arXiv 2410.21804). With ``terms`` k it weighs each of an
+    expert's k rank-one terms by itself (rank-one WEMoE).
+
+    The MLP of a block is entered through the first of its modules, in the model's order.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, ModuleLayout],
+        depth: int = 2,
+        shared: bool = False,
+        terms: int = 1,
+        granularity: str = "prefix",
+    ):
+        super().__init__()
+        self.depth, self.granularity = depth, granularity
+        linears = {name: module for name, module in modules.items() if module.kind == LINEAR}
+        self.blocks = {name: block(name) for name in linears}
+        entries = {place: name for name, place in reversed(self.blocks.items())}
+        self.entries = {name: place for place, name in reversed(entries.items())}
+        self.width = terms * len(next(iter(linears.values())).ranks)
+        if depth:
+            self.sites = dict.fromkeys(self.entries, self.width)
+        sizes = {SHARED if shared else str(n): linears[name].in_features for n, name in enumerate(self.entries)}
+        self.network = {place: SHARED if shared else str(n) for n, place in enumerate(self.entries.values())}
+        self.networks = nn.ModuleDict({key: _network(size, self.width, depth) for key, size in sizes.items()})
+        self.place: str | None = None
+        self.now: Tensor | None = None  # the weights of the block that runs
+
+    @property
+    def shared(self) -> bool:
+        """See Router."""
+        return False
+
+    def start(self) -> None:
+        """See Router."""
+        super().start()
+        self.place = self.now = None
+
+    def watches(self, depth: int) -> bool:
+        """See Router."""
+        return False
+
+    def forward(self, name: str, x: Tensor, z: Tensor | None, ranks: Sequence[int]) -> Tensor | None:
+        """See Router; weights [..., E * k], an expert's together."""
+        place = self.blocks[name]
+        if name in self.entries:
+            self.place, self.now = place, self._weights(name, place, x)
+        if place != self.place:
+            raise RuntimeError(f"{name} runs before {self.place}, the entry of its MLP: this model cannot be a WEMoE")
+        return self.now
+
+    def _weights(self, name: str, place: str, x: Tensor) -> Tensor:
+        network = self.networks[self.network[place]]
+        if self.depth == 0:
+            return network(x).expand(*x.shape[:-1], self.width)
+        values = network(x.float())
+        return self.whole(name, values) if self.granularity == "sequence" else self.mean(name, values)
+
+
+class _Constant(nn.Module):
+    """Weights that do not depend on the input."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.float()
+
+
+def _network(size: int, width: int, depth: int) -> nn.Module:
+    if depth == 0:
+        return _Constant(width)
+    hidden = [nn.Linear(size, size), nn.ReLU()] if depth == 2 else []
+    return nn.Sequential(*hidden, nn.Linear(size, width)).float().requires_grad_(False)
