@@ -202,8 +202,8 @@ class DenseMixture(Mixture):
 def may_be_reordered(linear: Any) -> bool:
     """Whether ``linear`` is fused in the checkpoint as in vLLM, so that the model's loader may move its rows."""
     return (
-        isinstance(linear, QKVParallelLinear | MergedColumnParallelLinear)
-        and linear.mixture.parts[0].index is None
+        linear.mixture.parts[0].index is None
+        and isinstance(linear, QKVParallelLinear | MergedColumnParallelLinear)
         and isinstance(linear.quant_method, UnquantizedLinearMethod)
     )
 

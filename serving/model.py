@@ -118,8 +118,9 @@ class UpscaledModel(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the experts' tensors here and hand all others to the base's class. Returns the parameters loaded."""
+        load_base: Callable = super().load_weights  # type: ignore[misc]
         loaded, missing = set(), set(self._loaders)
-        upscaled = [module for module in self.modules() if hasattr(module, "mixture")]
+        upscaled: list[Any] = [module for module in self.modules() if hasattr(module, "mixture")]
         fused = {linear.mixture.parts[0].name: linear for linear in upscaled if may_be_reordered(linear)}
         held: list[tuple[str, Tensor]] = []  # until the order of their rows is known
 
@@ -133,11 +134,11 @@ class UpscaledModel(nn.Module):
                     held.append((name, tensor)) if name.split(".experts.")[0] in fused else take(name, tensor)
                 elif not _OTHER_ROUTER.match(name):
                     for part in [part for part in fused if f".{part}.weight".endswith(f".{name}")]:
-                        load = partial(super(UpscaledModel, self).load_weights)
-                        fused[part].mixture.rows = [[rows_as_loaded(load, fused[part], name, tensor.shape)]]
+                        rows = rows_as_loaded(load_base, fused[part], name, tensor.shape)
+                        fused[part].mixture.rows = [[rows]]
                     yield name, tensor
 
-        loaded |= super().load_weights(others()) or set()  # type: ignore[misc]
+        loaded |= load_base(others()) or set()
         for name, tensor in held:
             take(name, tensor)
         if missing:

@@ -18,7 +18,7 @@ from tests.routers import copied
 from upscale import load
 from upscale.calibrating import discriminant
 from upscale.calibrating.calibration import calibrate
-from upscale.config import CalibrateConfig
+from upscale.config import CalibrateConfig, recipe
 from upscale.errors import ConfigError, LoadError, TaskError
 from upscale.runtime import runtime_files
 from zoo import OutputError
@@ -215,15 +215,15 @@ def test_options_decide_what_is_written(fresh):
     for w in model.routing.trace.values():
         assert set((w > 0).sum(dim=-1).unique().tolist()) <= {1, 2}
         torch.testing.assert_close(w.sum(dim=-1), torch.ones(w.shape[:-1]))
-    recipe = yaml.safe_load((directory / "upscale.yaml").read_text())
-    assert recipe["method"] == "smile" and recipe["config"]["rank"] == 16
-    assert recipe["router"]["calibrated"] == recipe(
+    made = yaml.safe_load((directory / "upscale.yaml").read_text())
+    assert made["method"] == "smile" and made["config"]["rank"] == 16
+    assert made["router"]["calibrated"] == recipe(
         CalibrateConfig(no_base=True, top_k=2, granularity="prefix", continuation=3)
     )
-    assert recipe["router"]["prompts"].keys() == set(EXPERTS)
+    assert made["router"]["prompts"].keys() == set(EXPERTS)
     calibrate(directory, {**PROMPTS, "e1": texts(9)["e1"]}, no_base=True)
     again = yaml.safe_load((directory / "upscale.yaml").read_text())["router"]["prompts"]
-    assert [again[name] == recipe["router"]["prompts"][name] for name in EXPERTS] == [False, True, True]
+    assert [again[name] == made["router"]["prompts"][name] for name in EXPERTS] == [False, True, True]
 
 
 def test_a_base_that_writes_what_the_prompts_look_like_has_no_class(fresh):

@@ -53,8 +53,8 @@ def _show_plan(plan) -> None:
         console.print(f"tied       {head} uses the experts of {embedding}", highlight=False)
     experts = ", ".join(plan.experts)
     console.print(f"experts    {len(plan.experts)}: {experts}", highlight=False)
-    how = "merged" if plan.merging else "the base's"
-    console.print(f"rest       {len(plan.rest)} tensors, {how}", highlight=False)
+    source = plan.merging.method if plan.merging else "base"
+    console.print(f"rest       {len(plan.rest)} tensors, from: {source}", highlight=False)
     ratio, group = plan.result_bytes / plan.base_bytes, plan.group_bytes / plan.base_bytes
     console.print(
         f"size       at most {size(plan.result_bytes)}: {ratio:.2f}x the base ({size(plan.base_bytes)}); "

@@ -23,10 +23,12 @@ class Merging:
     """How one tensor's deltas are merged: ``base + scale * combined``.
 
     Attributes:
+        method: its name.
         scale: of what is added to the base.
         trims: of TIES, see ``ties.thresholds``; None for the plain sum of the deltas.
     """
 
+    method: str
     scale: float
     trims: Sequence[float] | None = None
 
@@ -87,8 +89,8 @@ def merging(verdict: Verdict, method: str, scaling: float | None = None, density
         raise ConfigError(f"density must be above 0 and at most 1, not {density}")
     scale = 1 / len(verdict.experts) if method == "average" else SCALING[method] if scaling is None else scaling
     if method != "ties":
-        return Merging(scale)
-    return Merging(scale, thresholds(partial(_deltas, verdict), list(parameters(verdict.base)), density))
+        return Merging(method, scale)
+    return Merging(method, scale, thresholds(partial(_deltas, verdict), list(parameters(verdict.base)), density))
 
 
 def _deltas(verdict: Verdict, name: str) -> Iterable[Tensor]:

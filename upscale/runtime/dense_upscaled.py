@@ -39,6 +39,7 @@ class SparseExperts(Experts):
 
     values: Tensor
     gaps: Tensor
+    delta: Tensor
     bias: Tensor | None
 
     def forward(self, args: tuple, y: Tensor) -> Tensor:

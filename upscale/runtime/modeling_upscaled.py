@@ -46,13 +46,14 @@ def inject(model: Any, layout: Layout) -> Routing:
         module = model.get_submodule(name)
         layer = _layer(module_layout)
         device = next(module.parameters()).device
-        module.experts = layer(name, module_layout, routing, dtype=dtype, device=device)
-        for parameter in module.experts.parameters():
+        experts: Any = layer(name, module_layout, routing, dtype=dtype, device=device)
+        for parameter in experts.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
+        module.experts = experts
         if module_layout.tied:
-            module.experts.share(model.get_submodule(module_layout.tied).experts)
+            experts.share(model.get_submodule(module_layout.tied).experts)
         if module_layout.kind == EMBEDDING:
-            module.experts.__dict__["once"] = module is not model.get_input_embeddings()
+            experts.__dict__["once"] = module is not model.get_input_embeddings()
         scale = {"scale": _row_scale} if module_layout.kind == EMBEDDING else {}
         module.register_forward_hook(partial(_add_experts, **scale))
     model.router = routing.router

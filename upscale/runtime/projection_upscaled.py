@@ -100,7 +100,9 @@ class ProjectionRouter(Router):
     def _gather(self, place: str, energy: Tensor) -> Tensor:
         """Add the evidence of the blocks before."""
         if place != self.place:
-            gathered = self.current if self.past is None or self.scope == "block" else self.past + self.current
+            gathered = self.current
+            if self.scope == "model" and self.past is not None and gathered is not None:
+                gathered = self.past + gathered.view(self.past.shape)
             self.place, self.past, self.current = place, gathered, None
             self.decided = None if gathered is None else sparse(gathered.softmax(dim=-1), self.top_k)
         # Some models flatten B and T before some linears.
