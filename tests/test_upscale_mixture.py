@@ -14,7 +14,7 @@ from tests.reference import smile as reference
 from tests.reference.models import IDS, blended, blocks, close, generate, logits, padded, paths
 from upscale import load
 from upscale.building.methods.smile import router, upscale_linear
-from upscale.building.skeleton import Linear
+from upscale.building.skeleton import Linear, Skeleton
 from upscale.config import SmileConfig
 from upscale.runtime.layout_upscaled import Layout, ModuleLayout
 from upscale.runtime.modeling_upscaled import inject
@@ -68,7 +68,9 @@ def make(config, weight_deltas, bias_deltas=None, conv=False, base_bias=True, dt
     given = zip(names, weight_deltas, strict=True)
     upscaled = upscale_linear(whole, given, named_biases, (config.rank,) * len(names), config)
     model = Model(linear).to(dtype)
-    model.routing = inject(model, Layout("smile", names, router({}, config)[0], {"linear": upscaled.layout}))
+    model.routing = inject(
+        model, Layout("smile", names, router(Skeleton((), (), ()), {}, config)[0], {"linear": upscaled.layout})
+    )
     with torch.no_grad():
         for name, tensor in upscaled.tensors.items():
             getattr(model.linear.experts, name).copy_(tensor)

@@ -5,20 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from upscale.errors import LoadError
-from upscale.runtime.modeling_upscaled import MODEL_TYPE, UpscaledConfig, UpscaledForCausalLM
+from upscale.runtime.architecture_upscaled import auto_classes, model_class
+from upscale.runtime.modeling_upscaled import MODEL_TYPE, UpscaledConfig, UpscaledPreTrained
 from upscale.runtime.routing_upscaled import BASE
 from zoo import Source
 
 # From here on the Auto classes, AutoTokenizer among them, need no remote code for an upscaled checkpoint.
 AutoConfig.register(MODEL_TYPE, UpscaledConfig, exist_ok=True)
-AutoModelForCausalLM.register(UpscaledConfig, UpscaledForCausalLM, exist_ok=True)
+for auto in auto_classes().values():
+    auto.register(UpscaledConfig, UpscaledPreTrained, exist_ok=True)
 
 
 def load(path: str | Path, *, expert: str | None = None, dtype: str = "auto", **kwargs: Any) -> Any:
-    """Load a checkpoint as a transformers causal LM, ready to generate.
+    """Load a checkpoint as a model of transformers, of the class that its ``config.json`` names.
 
     Args:
         path: directory, or Hub id with an optional ``@revision``.
@@ -38,9 +40,10 @@ def load(path: str | Path, *, expert: str | None = None, dtype: str = "auto", **
     if expert is not None:
         require_expert(directory, expert)
     try:
-        if read_config(directory).get("model_type") == MODEL_TYPE:
-            return UpscaledForCausalLM.from_pretrained(directory, expert=expert, dtype=dtype, **kwargs)
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **kwargs)
+        config = read_config(directory)
+        if config.get("model_type") == MODEL_TYPE:
+            return UpscaledPreTrained.from_pretrained(directory, expert=expert, dtype=dtype, **kwargs)
+        return model_class(config).from_pretrained(directory, dtype=dtype, **kwargs)
     except KeyError as error:
         raise LoadError(f"{path}: config.json lacks {error}") from error
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:

@@ -139,7 +139,7 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
         for head, embedding in plan.tied.items():
             if embedding in modules:
                 modules[head] = replace(modules[embedding], kind=LINEAR, tied=embedding)
-        router, values = plan.method.router(modules, plan.config)
+        router, values = plan.method.router(plan.skeleton, modules, plan.config)
         router, tensors = named(router, values)
         layout = Layout(plan.method.NAME, tuple(plan.experts), router, modules)
         report = Report(

@@ -7,7 +7,7 @@ import torch
 
 from upscale.building.methods import Method
 from upscale.building.ranks import Progress, choose_ranks
-from upscale.building.skeleton import Linear, Norm, skeleton
+from upscale.building.skeleton import Linear, Norm, Skeleton, skeleton
 from upscale.config import BuildConfig
 from upscale.device import check_device
 from upscale.merging.merging import Merging
@@ -31,6 +31,7 @@ class Plan:
         layouts: the largest layout that each can get, by module name.
         rest: tensors of the base that are not upscaled.
         merging: how they are merged; None: they stay the base's.
+        skeleton: the base's structure.
         declared: every tensor that may be written.
     """
 
@@ -44,6 +45,7 @@ class Plan:
     layouts: Mapping[str, ModuleLayout]
     rest: Sequence[str]
     merging: Merging | None
+    skeleton: Skeleton
     declared: Mapping[str, TensorSpec]
 
     @property
@@ -113,9 +115,8 @@ def make_plan(verdict: Verdict, method: Method, config: BuildConfig, progress: P
     of_linears = {n.name: method.largest(n, ranks[n.name], config) for n in chosen}
     _declare(declared, of_linears, weights)
     merging = method.rest(verdict, config)
-    return Plan(
-        base, verdict.experts, method, config, chosen, norms, tied, layouts | of_linears, rest, merging, declared
-    )
+    layouts |= of_linears
+    return Plan(base, verdict.experts, method, config, chosen, norms, tied, layouts, rest, merging, found, declared)
 
 
 def _declare(declared: dict[str, TensorSpec], layouts: Mapping[str, ModuleLayout], weights: Mapping[str, str]) -> None:

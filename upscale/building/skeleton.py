@@ -14,6 +14,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from upscale.errors import PlanError
+from upscale.runtime.architecture_upscaled import model_class, reads_whole
 from upscale.runtime.layout_upscaled import EMBEDDING, LINEAR
 from upscale.runtime.router_upscaled import in_block
 from zoo import Checkpoint
@@ -66,11 +67,15 @@ class Norm:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What can take experts, in the model's order: embeddings, the input's first; linears, the head too; norms."""
+    """What can take experts, in the model's order: embeddings, the input's first; linears, the head too; norms.
+
+    ``whole`` says which modules see a whole sequence at once: what their names begin with.
+    """
 
     embeddings: Sequence[Linear]
     linears: Sequence[Linear]
     norms: Sequence[Norm]
+    whole: Sequence[str] = ()
 
 
 def linears(checkpoint: Checkpoint) -> list[Linear]:
@@ -93,7 +98,8 @@ def skeleton(checkpoint: Checkpoint) -> Skeleton:
     found, norms, absent, embeddings = [], [], [], []
     for name, module in model.named_modules():
         weight, bias = names.get(f"{name}.weight"), names.get(f"{name}.bias")
-        if weight is not None and (module is embedding or type(module) is nn.Embedding):  # of tokens, of positions
+        looked_up = module is embedding or type(module) is nn.Embedding  # tokens, positions; not patches of images
+        if weight is not None and looked_up and len(checkpoint.tensors[weight].shape) == 2:
             rows, width = checkpoint.tensors[weight].shape
             embeddings.append(Linear(name, weight, None, width, rows, transposed=False, head=False, kind=EMBEDDING))
         if weight is not None and (offset := _norm_offset(module)) is not None:
@@ -114,7 +120,7 @@ def skeleton(checkpoint: Checkpoint) -> Skeleton:
             f"{checkpoint.path}: no tensor for {len(absent)} linears of the architecture, e.g. {absent[0]}; "
             "the checkpoint is incomplete, or stores them in a way that is not read"
         )
-    return Skeleton(embeddings, found, norms)
+    return Skeleton(embeddings, found, norms, reads_whole(model))
 
 
 def _norm_offset(module: nn.Module) -> float | None:
@@ -163,14 +169,13 @@ def _on_meta(config: Mapping) -> PreTrainedModel:
     try:
         settings = CONFIG_MAPPING[kind].from_dict({**config, "dtype": "float32"})
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(settings)
+            made = model_class(config)
+            return made.from_config(settings) if made is AutoModelForCausalLM else made._from_config(settings)
     except KeyError as error:
         raise PlanError(f"model type {kind!r} is unknown to the installed transformers; update transformers") from error
     except (ValueError, TypeError, StrictDataclassError) as error:
         message = " ".join(str(error).split())
-        raise PlanError(
-            f"transformers makes no causal language model of this config.json ({kind}): {message}"
-        ) from error
+        raise PlanError(f"transformers makes no model of this config.json ({kind}): {message}") from error
 
 
 def kind(module: str) -> str:

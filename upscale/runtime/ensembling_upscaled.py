@@ -19,8 +19,9 @@ class EnsemblingRouter(Router):
 
     A network of ``depth`` layers (0: a constant; 1: linear; 2: linear of the same width, ReLU, linear) reads the input
     of a block's MLP, token by token, and its outputs are averaged. All linears of that MLP use the result. As published
-    the average is over the whole sequence ("sequence", for encoders); a decoder's is over the tokens so far ("prefix"),
-    equal to it at the last one, so that a cached pass gives what an uncached one gives.
+    the average is over the whole sequence in the modules whose names begin with one of ``whole``, an encoder's; a
+    decoder's is over the tokens so far, equal to it at the last one, so that a cached pass gives what an uncached one
+    gives.
 
     One network for each block, or ``shared`` by all (E-WEMoE, arXiv 2410.21804). With ``terms`` k it weighs each of an
     expert's k rank-one terms by itself (rank-one WEMoE).
@@ -34,10 +35,10 @@ class EnsemblingRouter(Router):
         depth: int = 2,
         shared: bool = False,
         terms: int = 1,
-        granularity: str = "prefix",
+        whole: Sequence[str] = (),
     ):
         super().__init__()
-        self.depth, self.granularity = depth, granularity
+        self.depth, self.sees_whole = depth, tuple(whole)
         linears = {name: module for name, module in modules.items() if module.kind == LINEAR}
         self.blocks = {name: block(name) for name in linears}
         entries = {place: name for name, place in reversed(self.blocks.items())}
@@ -79,7 +80,7 @@ class EnsemblingRouter(Router):
         if self.depth == 0:
             return network(x).expand(*x.shape[:-1], self.width)
         values = network(x.float())
-        return self.whole(name, values) if self.granularity == "sequence" else self.mean(name, values)
+        return self.whole(name, values) if name.startswith(self.sees_whole) else self.mean(name, values)
 
 
 class _Constant(nn.Module):

@@ -12,9 +12,10 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.utils import logging
 
+from .architecture_upscaled import UPSCALED, autos_of, model_class
 from .dense_upscaled import DenseExperts, SparseExperts
 from .layout_upscaled import DENSE, EMBEDDING, NORM, SPARSE, Layout, ModuleLayout
 from .mixture_upscaled import EmbeddingExperts, Experts, LinearExperts, NormExperts, TiedExperts
@@ -24,16 +25,12 @@ from .routers_upscaled import make_router
 from .routing_upscaled import Routing
 
 MODEL_TYPE = "upscaled"
-_AUTO_MAP = {
-    "AutoConfig": "modeling_upscaled.UpscaledConfig",
-    "AutoModelForCausalLM": "modeling_upscaled.UpscaledForCausalLM",
-}
 _LAYERS = {DENSE: DenseExperts, SPARSE: SparseExperts, EMBEDDING: EmbeddingExperts, NORM: NormExperts}
 
 
 # --------------------------------------------------------------------------------------------------------- injection
 def inject(model: Any, layout: Layout) -> Routing:
-    """Attach (uninitialised) experts to the named modules of any causal LM, by forward hooks, and return its Routing.
+    """Attach (uninitialised) experts to the named modules of any model, by forward hooks, and return its Routing.
 
     The base's modules stay as they are, of whatever class (quantised, wrapped by an adapter, Conv1D): they gain a child
     ``experts``, in the model's float format, and a hook that adds its output. The router is a child of the model.
@@ -110,16 +107,18 @@ class UpscaledConfig(PretrainedConfig):
 
 def upscaled_config(base: Mapping, layout: Layout) -> dict:
     """``config.json`` of an upscaled checkpoint from the base's: loud for whoever does not know the format."""
-    architectures = [f"Upscaled{a}" for a in base.get("architectures") or []]
+    architectures = [f"{UPSCALED}{a}" for a in base.get("architectures") or []]
     own = {"model_type": MODEL_TYPE, "base_model_type": base["model_type"], "architectures": architectures}
-    return {**base, **own, "auto_map": _AUTO_MAP, "upscale": layout.to_config()}
+    classes = {"AutoConfig": UpscaledConfig, **dict.fromkeys(autos_of(base), UpscaledPreTrained)}
+    auto_map = {name: f"{Path(__file__).stem}.{made.__name__}" for name, made in classes.items()}
+    return {**base, **own, "auto_map": auto_map, "upscale": layout.to_config()}
 
 
 def base_config(config: Mapping, **kwargs) -> PretrainedConfig:
     """The base's own config object, from an upscaled checkpoint's ``config.json``; ``kwargs`` go to ``from_dict``."""
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "upscale", "base_model_type")}
     fields["model_type"] = config["base_model_type"]
-    fields["architectures"] = [a.removeprefix("Upscaled") for a in config.get("architectures") or []]
+    fields["architectures"] = [a.removeprefix(UPSCALED) for a in config.get("architectures") or []]
     return CONFIG_MAPPING[config["base_model_type"]].from_dict(fields, **kwargs)
 
 
@@ -154,7 +153,7 @@ class UpscaledModel:
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         path = Path(save_directory) / "config.json"
         fields = json.loads(path.read_text())
-        fields["architectures"] = [a.removeprefix("Upscaled") for a in fields["architectures"]]
+        fields["architectures"] = [a.removeprefix(UPSCALED) for a in fields["architectures"]]
         path.unlink()
         stored_tensors(Path(save_directory), layout)  # transformers may rename a head, and its experts, on saving
         for file in Path(__file__).parent.glob("*_upscaled.py"):
@@ -162,11 +161,11 @@ class UpscaledModel:
         path.write_text(json.dumps(upscaled_config(fields, layout), indent=2) + "\n")
 
 
-class UpscaledForCausalLM:
+class UpscaledPreTrained:
     """Loads an upscaled checkpoint: the base by its own class and loader, then the experts into the named modules."""
 
     @classmethod
-    def register_for_auto_class(cls, auto_class="AutoModelForCausalLM") -> None:
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
         """Nothing to register: the checkpoint's ``auto_map`` names this class."""
 
     @classmethod
@@ -198,7 +197,7 @@ class UpscaledForCausalLM:
             kwargs.pop(key, None)
         kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name
         with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_class(fields).from_pretrained(
                 path, config=base_config(fields), output_loading_info=True, **kwargs
             )
         model, info = loaded
@@ -210,7 +209,7 @@ class UpscaledForCausalLM:
             for name, read in tensors.items():
                 model.get_parameter(name).copy_(read())
         routing.forced = routing.one_hot(expert)
-        model.__class__ = type(f"Upscaled{type(model).__name__}", (UpscaledModel, type(model)), {})
+        model.__class__ = type(f"{UPSCALED}{type(model).__name__}", (UpscaledModel, type(model)), {})
         model.routing, model.layout = routing, layout
         return model
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from .router_upscaled import Router
 
@@ -50,7 +50,6 @@ class Prefix:
 
     def __init__(self, router: Router):
         self.router = router
-        router.mean, router.whole = self.mean, self.whole
         self.mask: Tensor | None = None
         self.cache: Cache | None = None
         self.sequences, self.drafts = 1, 0
@@ -65,18 +64,21 @@ class Prefix:
         tokens, embedded = given.get("input_ids"), given.get("inputs_embeds")
         if tokens is None and embedded is not None and self.router.watches(0):
             raise ValueError("the router reads tokens: give the model input_ids, not inputs_embeds")
-        self.sequences = next((x.shape[0] for x in (tokens, embedded) if x is not None), 1)
-        self.mask, self.cache = _mask(given.get("attention_mask")), given.get("past_key_values")
+        self.sequences = next((x.shape[0] for x in given.values() if isinstance(x, Tensor)), 1)
+        self.mask, self.cache = _mask(given.get("attention_mask")), _own(given.get("past_key_values"))
         if any(isinstance(layer, StaticLayer) for layer in getattr(self.cache, "layers", ())):
             raise ValueError("a router that looks at the text so far needs a cache that grows, not a static one")
         # Assisted decoding may give its drafts with the prompt; it asks for the logits from the prompt's end on.
         kept = given.get("logits_to_keep")
         self.drafts = kept - 1 if isinstance(kept, int) and kept > 1 and self.cache is not None else 0
         if "past_key_values" not in names:
-            if given.get("use_cache", model.config.use_cache):
+            if given.get("use_cache", getattr(model.config, "use_cache", False)):
                 kwargs = {**kwargs, "use_cache": False}  # its cache cannot hold the means: each pass starts anew
         elif self.cache is None and given.get("use_cache", getattr(model.config, "use_cache", False)):
-            self.cache = kwargs["past_key_values"] = DynamicCache(config=model.config)  # as the model itself would
+            made = DynamicCache(config=model.config)  # as the model itself would
+            if given.get("encoder_hidden_states") is not None:
+                made = EncoderDecoderCache(made, DynamicCache(config=model.config))
+            kwargs["past_key_values"], self.cache = made, _own(made)
         elif self.cache is not None and (made := getattr(self.cache, "layer_class_to_replicate", None)):
             # It would add its layers one by one, and take ours for one of the model's.
             missing = model.config.get_text_config(decoder=True).num_hidden_layers - len(self.cache.layers)
@@ -120,6 +122,11 @@ class Prefix:
         return running_mean(seen, mask.to(seen.device), tokens, self.router.half_life)
 
 
+def _own(cache: Any) -> Any:
+    """The part of a cache that grows with a decoder's own tokens."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def _layer(cache: Cache, site: str) -> _Site:
     for layer in cache.layers:
         if isinstance(layer, _Site) and layer.site == site:
@@ -140,5 +147,21 @@ def _mask(mask: Any) -> Tensor | None:
 
 
 def follow(model: nn.Module, router: Router) -> None:
-    """Let the router know when a pass of ``model`` begins, and give it its means."""
-    model.register_forward_pre_hook(Prefix(router).begin, with_kwargs=True)
+    """Let the router know when a pass of ``model`` begins, and give it its means.
+
+    An encoder and a decoder that reads it have masks and caches of their own.
+    """
+    stacks = [model]
+    if getattr(model.config, "is_encoder_decoder", False):
+        stacks = [model.get_encoder(), model.get_decoder()]  # type: ignore[operator]
+    prefixes = {}
+    for name, module in model.named_modules():
+        if any(module is stack for stack in stacks):
+            prefixes[name] = Prefix(router)
+            module.register_forward_pre_hook(prefixes[name].begin, with_kwargs=True)
+
+    def prefix(site: str) -> Prefix:
+        return next(found for name, found in prefixes.items() if site.startswith(name))
+
+    router.mean = lambda site, values: prefix(site).mean(site, values)
+    router.whole = lambda site, values: prefix(site).whole(site, values)

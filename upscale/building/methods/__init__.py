@@ -40,6 +40,8 @@ class Method(Protocol):
         """The tensors and layout to store for one linear, or None to leave it plain."""
         ...
 
-    def router(self, modules: Mapping[str, ModuleLayout], config: Any) -> tuple[dict, Mapping[str, Tensor]]:
+    def router(
+        self, found: Skeleton, modules: Mapping[str, ModuleLayout], config: Any
+    ) -> tuple[dict, Mapping[str, Tensor]]:
         """The router's entry in ``config.json`` and its tensors, for the modules that were upscaled."""
         ...

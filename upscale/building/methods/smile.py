@@ -48,7 +48,9 @@ def rest(verdict: Verdict, config: SmileConfig) -> Merging | None:
     return merging(verdict, "average") if config.rest == "average" else None
 
 
-def router(modules: Mapping[str, ModuleLayout], config: SmileConfig) -> tuple[dict, Mapping[str, Tensor]]:
+def router(
+    found: Skeleton, modules: Mapping[str, ModuleLayout], config: SmileConfig
+) -> tuple[dict, Mapping[str, Tensor]]:
     """The projection router, which needs no tensors."""
     settings = {"type": "projection", "rank": config.router_rank, "top_k": config.top_k}
     beyond = {"scope": config.scope, "granularity": config.granularity, "standardise": config.standardise}

@@ -69,12 +69,16 @@ def scaling(experts: int, config: WemoeConfig) -> float:
     return config.scaling if config.scaling is not None else 1 / experts if config.merge == "average" else SCALING
 
 
-def router(modules: Mapping[str, ModuleLayout], config: WemoeConfig) -> tuple[dict, Mapping[str, Tensor]]:
+def router(
+    found: Skeleton, modules: Mapping[str, ModuleLayout], config: WemoeConfig
+) -> tuple[dict, Mapping[str, Tensor]]:
     """The routers as they are before adaptation, when every task vector has the weight ``scaling``.
 
     As published, but that the last layer starts at zero instead of N(0, 0.01^2): so the model is the merge exactly.
     """
     settings = {"type": "ensembling", "depth": config.router_depth, "shared": config.shared_router}
+    if found.whole:
+        settings["whole"] = list(found.whole)
     if config.vectors == "rank-one":
         settings["terms"] = max(rank for module in modules.values() for rank in module.ranks)
     made = EnsemblingRouter(modules, **{k: v for k, v in settings.items() if k != "type"})
