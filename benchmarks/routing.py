@@ -66,9 +66,9 @@ class _Bench:
         self.files = groups / name / f"prompts{variant}"
 
     def _prompts(self, directory: Path, count: int, given: bool) -> dict:
-        files = {e: [directory / f"{e}.jsonl"] for e in self.experts}
-        found = {name: prompts[:count] for name, prompts in load_prompts(files, self.experts, "base").items()}
-        return found | (load_prompts({"base": [self.books]}, self.experts, "base") if given else {})
+        files = {e: [directory / f"{e}.jsonl"] for e in self.experts} | ({"base": [self.books]} if given else {})
+        found = load_prompts(files, self.experts, "base")
+        return {name: prompts if name == "base" else prompts[:count] for name, prompts in found.items()}
 
     def build(self, name: str, **options) -> Path:
         out = self.work / name.replace(", ", "-").replace(" ", "-")

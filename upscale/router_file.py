@@ -1,5 +1,6 @@
 """The router of a finished checkpoint: its file of tensors beside the experts', replaced without touching those."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def replace(
     """
     router, tensors = named(settings, values)
     fields = read_config(directory)
-    fields["upscale"] = Layout(layout.method, layout.experts, router, layout.modules).to_config()
+    fields["upscale"] = dataclasses.replace(layout, router=router).to_config()
     recipe = directory / "upscale.yaml"
     story = yaml.safe_load(recipe.read_text()) if recipe.is_file() else {}
     story["router"] = dict(made)

@@ -11,6 +11,7 @@ import torch
 from zoo.checkpoint import Checkpoint, TensorInfo
 from zoo.errors import CheckpointError, MismatchError, SourceError
 from zoo.group import Group
+from zoo.heads import compare, head
 
 # Buffers that old versions of transformers saved beside the parameters; no weights, so their absence is no mismatch.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
@@ -24,6 +25,7 @@ _COMPUTED = re.compile(
 )
 # Fields that say how a model was made or saved.
 _HISTORY = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
+_LABELS = {"id2label", "label2id", "num_labels", "problem_type"}  # of a head, which is the expert's own
 _SHOWN = 5  # tensors named per expert and kind of mismatch
 
 
@@ -107,7 +109,8 @@ def _unreadable(who: str, model: Checkpoint) -> list[str]:
 def _compare(name: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
     if (theirs := expert.config["model_type"]) != (ours := base.config["model_type"]):
         return [f"expert {name}: architecture {theirs} is not the base's {ours}; it was not fine-tuned from this base"]
-    have, want = parameters(expert), parameters(base)
+    own = head(base).keys() | head(expert).keys()
+    have, want = ({n: info for n, info in parameters(m).items() if n not in own} for m in (expert, base))
     lines = [
         f"expert {name}: config.json has {key} {expert.config[key]}, the base's is {base.config[key]}; "
         "it computes something else with the same weights"
@@ -133,6 +136,7 @@ def _compare(name: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
             )
         else:
             lines.append(f"expert {name}: {tensor} has shape {list(theirs)}, the base's is {list(ours)}")
+    lines += compare(name, base, expert)
     return lines if len(lines) <= _SHOWN else [*lines[:_SHOWN], f"expert {name}: and {len(lines) - _SHOWN} more"]
 
 
@@ -151,7 +155,7 @@ def _differences(name: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
     lines = [
         f"expert {name}: config.json has {key} {expert.config[key]}; the result keeps the base's {base.config[key]}"
         for key in _differing(base, expert)
-        if not _COMPUTED.fullmatch(key)
+        if not _COMPUTED.fullmatch(key) and not (key in _LABELS and head(base))
     ]
     for file, what in (("tokenizer.json", "tokenizer"), ("chat_template.jinja", "chat template")):
         ours, theirs = (_digest(model.path / file) for model in (base, expert))

@@ -27,6 +27,7 @@ from upscale.runtime.layout_upscaled import LINEAR, Layout, ModuleLayout
 from upscale.runtime.modeling_upscaled import upscaled_config
 from zoo import Checkpoint, Group, Source, Writer, check
 from zoo.files import companions
+from zoo.heads import labels
 
 Progress = Callable[[int, int, str], None]  # bytes of the base done, bytes in all, what is being done
 
@@ -136,12 +137,18 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
                     )
                 )
             step(_nbytes(plan, linear), linear.name)
+        for number, (expert, shapes) in enumerate(plan.heads.items()):
+            for name in shapes:
+                put(f"heads.{number}.{name}", plan.experts[expert].read(name))
+                if number == 0:
+                    put(name, plan.base.read(name))
         for head, embedding in plan.tied.items():
             if embedding in modules:
                 modules[head] = replace(modules[embedding], kind=LINEAR, tied=embedding)
         router, values = plan.method.router(plan.skeleton, modules, plan.config)
         router, tensors = named(router, values)
-        layout = Layout(plan.method.NAME, tuple(plan.experts), router, modules)
+        classes = {expert: labels(plan.experts[expert]) for expert in plan.heads}
+        layout = Layout(plan.method.NAME, tuple(plan.experts), router, modules, plan.heads, classes)
         report = Report(
             plan.method.NAME, module_reports, rest_reports, plan.base_bytes, plan.group_bytes, writer.nbytes
         )

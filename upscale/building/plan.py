@@ -13,6 +13,7 @@ from upscale.device import check_device
 from upscale.merging.merging import Merging
 from upscale.runtime.layout_upscaled import EMBEDDING, NORM, ModuleLayout, stored_dtype
 from zoo import Checkpoint, TensorSpec, Verdict
+from zoo.heads import head
 from zoo.preflight import parameters
 
 
@@ -32,6 +33,7 @@ class Plan:
         rest: tensors of the base that are not upscaled.
         merging: how they are merged; None: they stay the base's.
         skeleton: the base's structure.
+        heads: of a classifier, shapes of the tensors of each expert's head.
         declared: every tensor that may be written.
     """
 
@@ -46,6 +48,7 @@ class Plan:
     rest: Sequence[str]
     merging: Merging | None
     skeleton: Skeleton
+    heads: Mapping[str, Mapping[str, tuple[int, ...]]]
     declared: Mapping[str, TensorSpec]
 
     @property
@@ -104,9 +107,13 @@ def make_plan(verdict: Verdict, method: Method, config: BuildConfig, progress: P
     upscaled = {n.weight for n in chosen if not n.head or n.weight not in shared} | {n.bias for n in chosen}
     kept = parameters(base)
     of_norms = {tensor for norm in norms for tensor in (norm.weight, norm.bias)}
-    rest = [name for name in kept if name not in upscaled | of_norms]
+    own = head(base)
+    rest = [name for name in kept if name not in upscaled | of_norms | own.keys()]
     declared = {name: TensorSpec(info.shape, output_dtype(info.dtype, config)) for name, info in kept.items()}
     experts = len(verdict.experts)
+    heads = {name: {t: info.shape for t, info in head(model).items()} for name, model in verdict.experts.items() if own}
+    for number, shapes in enumerate(heads.values()):
+        declared |= {f"heads.{number}.{t}": TensorSpec(shape, declared[t].dtype) for t, shape in shapes.items()}
     layouts = {n.name: ModuleLayout(n.width, n.width, (0,) * experts, n.bias is not None, NORM) for n in norms}
     weights = {n.name: n.weight for n in [*norms, *chosen]}
     _declare(declared, layouts, weights)
@@ -116,7 +123,9 @@ def make_plan(verdict: Verdict, method: Method, config: BuildConfig, progress: P
     _declare(declared, of_linears, weights)
     merging = method.rest(verdict, config)
     layouts |= of_linears
-    return Plan(base, verdict.experts, method, config, chosen, norms, tied, layouts, rest, merging, found, declared)
+    return Plan(
+        base, verdict.experts, method, config, chosen, norms, tied, layouts, rest, merging, found, heads, declared
+    )
 
 
 def _declare(declared: dict[str, TensorSpec], layouts: Mapping[str, ModuleLayout], weights: Mapping[str, str]) -> None:

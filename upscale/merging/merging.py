@@ -12,6 +12,7 @@ from upscale.errors import ConfigError
 from upscale.merging.ties import elect, thresholds
 from zoo import Group, Verdict, Writer, check
 from zoo.files import companions
+from zoo.heads import head
 from zoo.preflight import parameters
 
 METHODS = ("average", "task-arithmetic", "ties")
@@ -73,7 +74,9 @@ def merge(
     with Writer(out, parameters(verdict.base)) as writer:
         for name in writer.declared:
             source = verdict.base.read(name)
-            writer.write(name, merged(source.float(), _deltas(verdict, name)).to(source.dtype))
+            own = name in head(verdict.base)  # classes of one expert mean nothing to another: the base's stays
+            tensor = source if own else merged(source.float(), _deltas(verdict, name)).to(source.dtype)
+            writer.write(name, tensor)
         writer.commit(verdict.base.config, companions(verdict.base.path))
 
 
@@ -90,7 +93,8 @@ def merging(verdict: Verdict, method: str, scaling: float | None = None, density
     scale = 1 / len(verdict.experts) if method == "average" else SCALING[method] if scaling is None else scaling
     if method != "ties":
         return Merging(method, scale)
-    return Merging(method, scale, thresholds(partial(_deltas, verdict), list(parameters(verdict.base)), density))
+    names = [name for name in parameters(verdict.base) if name not in head(verdict.base)]
+    return Merging(method, scale, thresholds(partial(_deltas, verdict), names, density))
 
 
 def _deltas(verdict: Verdict, name: str) -> Iterable[Tensor]:

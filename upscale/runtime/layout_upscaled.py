@@ -5,7 +5,7 @@ embedding, ``V`` vocabulary.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -78,12 +78,23 @@ class ModuleLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """The ``upscale`` section of ``config.json``: everything an engine must know before it reads a tensor."""
+    """The ``upscale`` section of ``config.json``: everything an engine must know before it reads a tensor.
+
+    Attributes:
+        method: that built it.
+        experts: their names, in the order of all tensors.
+        router: its settings.
+        modules: what has experts, by name.
+        heads: of a classifier, shapes of each expert's tensors of the head, stored as ``heads.<number>.<name>``.
+        labels: of a classifier, the names of each expert's classes by their numbers.
+    """
 
     method: str
     experts: tuple[str, ...]
     router: Mapping
     modules: Mapping[str, ModuleLayout]
+    heads: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, section: Mapping) -> "Layout":
@@ -93,22 +104,30 @@ class Layout:
                 f"format version {version} of the upscaled checkpoint is not {FORMAT_VERSION}; update upscale-zoo"
             )
         modules = {name: ModuleLayout.from_config(entry) for name, entry in section["modules"].items()}
-        return cls(section["method"], tuple(section["experts"]), section["router"], modules)
+        heads = {e: {name: tuple(s) for name, s in own.items()} for e, own in section.get("heads", {}).items()}
+        return cls(
+            section["method"], tuple(section["experts"]), section["router"], modules, heads, section.get("labels", {})
+        )
 
     def to_config(self) -> dict:
         """The section as plain JSON values."""
+        heads = {e: {name: list(shape) for name, shape in own.items()} for e, own in self.heads.items()}
         return {
             "format_version": FORMAT_VERSION,
             "method": self.method,
             "experts": list(self.experts),
             "router": dict(self.router),
             "modules": {name: module.to_config() for name, module in self.modules.items()},
+            **({"heads": heads, "labels": {e: dict(own) for e, own in self.labels.items()}} if heads else {}),
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all experts' tensors, by their names in the checkpoint."""
-        return {
+        shapes = {
             f"{name}.experts.{tensor}": shape
             for name, module in self.modules.items()
             for tensor, shape in module.shapes().items()
         }
+        for number, own in enumerate(self.heads.values()):
+            shapes |= {f"heads.{number}.{name}": shape for name, shape in own.items()}
+        return shapes

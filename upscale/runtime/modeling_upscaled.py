@@ -4,6 +4,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.utils import logging
 
 from .architecture_upscaled import UPSCALED, autos_of, model_class
 from .dense_upscaled import DenseExperts, SparseExperts
+from .heads_upscaled import Heads
 from .layout_upscaled import DENSE, EMBEDDING, NORM, SPARSE, Layout, ModuleLayout
 from .mixture_upscaled import EmbeddingExperts, Experts, LinearExperts, NormExperts, TiedExperts
 from .prefix_upscaled import follow
@@ -54,6 +56,8 @@ def inject(model: Any, layout: Layout) -> Routing:
         scale = {"scale": _row_scale} if module_layout.kind == EMBEDDING else {}
         module.register_forward_hook(partial(_add_experts, **scale))
     model.router = routing.router
+    if layout.heads:
+        model.heads = Heads(model, routing, layout.heads, dtype=dtype, device=model.device)
     return routing
 
 
@@ -149,8 +153,9 @@ class UpscaledModel:
         """Write the checkpoint in its own format: the base class alone would name it a plain model of its type."""
         layout = self.layout
         if "tensors" in layout.router:  # saved as the model's parameters, whatever the router's file called them before
-            layout = Layout(layout.method, layout.experts, {**layout.router, "tensors": "router"}, layout.modules)
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+            layout = replace(layout, router={**layout.router, "tensors": "router"})
+        # Under the names that the layout has, not those of older versions that transformers would go back to.
+        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})  # type: ignore[misc]
         path = Path(save_directory) / "config.json"
         fields = json.loads(path.read_text())
         fields["architectures"] = [a.removeprefix(UPSCALED) for a in fields["architectures"]]

@@ -24,6 +24,8 @@ class Routing:
         given: [N, E] weights of the pass's tokens, and room for more, from an engine that knows whole prompts; they
             stand for the router's.
         trace: set to {} to record the weights of a pass by module name.
+        votes: [B, E], the sum of all weights of a pass for each input, once ``count_votes`` began it; None if none
+            came.
     """
 
     def __init__(self, experts: Sequence[str], router: Router):
@@ -31,6 +33,8 @@ class Routing:
         self.forced: Tensor | None = None
         self.given: Tensor | None = None
         self.trace: dict[str, Tensor] | None = None
+        self.votes: Tensor | None = None
+        self.votes_count = False
 
     def weights(
         self,
@@ -61,8 +65,19 @@ class Routing:
             decided = self._alone(y) if x is None else self.router(name, x, z, ranks)
             w = y.new_zeros((*y.shape[:-1], len(self.experts))) if decided is None else _fit(decided, y)
         if self.trace is not None:
-            self.trace[name] = w.detach().unflatten(-1, (len(self.experts), -1)).mean(dim=-1)
+            self.trace[name] = self._by_expert(w)
+        if self.votes_count:
+            votes = self._by_expert(w).flatten(1, -2).mean(dim=1) if w.ndim > 2 else self._by_expert(w)
+            self.votes = votes if self.votes is None else self.votes + votes
         return w
+
+    def _by_expert(self, w: Tensor) -> Tensor:
+        """[..., E] of weights [..., E * k] of terms."""
+        return w.detach().unflatten(-1, (len(self.experts), -1)).mean(dim=-1)
+
+    def count_votes(self) -> None:
+        """Begin to sum the weights of a pass by input."""
+        self.votes, self.votes_count = None, True
 
     def _alone(self, y: Tensor) -> Tensor | None:
         """What a module without projections is given: a single expert is always on, as in the linears."""
