@@ -28,6 +28,10 @@ class Batch:
     places: Tensor | None = None
 
 
+def _framed(prompt: str, template: str) -> str:
+    return template.replace("\\n", "\n").replace("\\t", "\t").replace("{prompt}", prompt)
+
+
 class Examples(Protocol):
     """What the trainer draws from."""
 
@@ -41,10 +45,19 @@ class Examples(Protocol):
 
 
 class Tensors:
-    """Examples that are rows of tensors: pixel values of images, tokens of texts for a classifier."""
+    """Examples that are rows of tensors, by the names of ``forward``'s arguments: pixel values, or a text's tokens."""
 
     def __init__(self, inputs: Mapping[str, Mapping[str, Tensor]]):
         self.inputs = inputs
+
+    @classmethod
+    def of_texts(cls, tokenizer: Any, texts: Mapping[str, Sequence[str]], template: str) -> "Tensors":
+        """Texts for a classifier, cut to the model's context."""
+        encoded = {}
+        for expert, given in texts.items():
+            framed = [_framed(text, template) for text in given]
+            encoded[expert] = dict(tokenizer(framed, padding=True, truncation=True, return_tensors="pt"))
+        return cls(encoded)
 
     def count(self, expert: str) -> int:
         """See Examples."""
@@ -117,8 +130,7 @@ class Prompts:
     def _encode(self, prompt: str) -> list[int]:
         if self.config.chat:
             return self.tokenizer(as_chat(self.tokenizer, prompt), add_special_tokens=False).input_ids
-        template = self.config.prompt_template.replace("\\n", "\n").replace("\\t", "\t")
-        return self.tokenizer(template.replace("{prompt}", prompt)).input_ids
+        return self.tokenizer(_framed(prompt, self.config.prompt_template)).input_ids
 
     def _answer(self, model: Any, encoded: list[list[int]], expert: str | None) -> list[tuple[list[int], list[int]]]:
         batch = self.tokenizer.pad({"input_ids": encoded}, return_tensors="pt").to(model.device)

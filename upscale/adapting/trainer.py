@@ -1,6 +1,7 @@
 """The training loop of all routers: Adam on an objective without labels; the best routers on held-out inputs stay."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ class Trainer:
     def _loss(self, expert: str, batch: Batch) -> tuple[Tensor, Tensor]:
         """The objective [B] and the predictions' entropy [B] of a batch."""
         inputs = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
-        logits = self._logits(inputs, batch)
+        with self.model.heads.use(expert) if hasattr(self.model, "heads") else nullcontext():
+            logits = self._logits(inputs, batch)
         found = entropy(logits)
         values = found
         if self.config.objective == "distil":

@@ -4,6 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from upscale.errors import TaskError
 
 LEAST = 2  # prompts of an expert: with one, none is left when it is left out
@@ -58,3 +63,19 @@ def _row(file: Path, number: int, line: str) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise TaskError(f'{file}:{number}: not a row like {{"prompt": "..."}}')
     return prompt
+
+
+def load_tensors(files: Mapping[str, Sequence[str | Path]]) -> dict[str, dict[str, Tensor]]:
+    """Inputs by expert and name, from ``.safetensors`` files; those of several files one after the other.
+
+    Raises:
+        TaskError: a file that cannot be read, or files that do not hold the same names.
+    """
+    found = {}
+    for name, given in files.items():
+        try:
+            parts = [load_file(file) for file in given]
+            found[name] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise TaskError(f"--prompts {name}: {', '.join(map(str, given))}: cannot be read: {error}") from error
+    return found

@@ -11,7 +11,10 @@ from upscale.errors import TaskError
 
 @click.command(cls=ManyPrompts)
 @click.argument("out", metavar="OUT")
-@prompts_option("Prompts of an expert, 16 or more: .jsonl with `prompt` (or `text`), or a text file of one a line.")
+@prompts_option(
+    "Prompts of an expert, 16 or more: .jsonl with `prompt` (or `text`), or a text file of one a line; "
+    "or .safetensors of a classifier's inputs, e.g. pixel_values [N, C, H, W]."
+)
 @click.option("--tasks", multiple=True, metavar="FILE|DIR", help="Tasks to score before and after; see upscale eval.")
 @settings(AdaptConfig)
 def adapt(out: str, prompts: tuple[str, ...], tasks: tuple[str, ...], **options) -> None:
@@ -26,14 +29,15 @@ def adapt(out: str, prompts: tuple[str, ...], tasks: tuple[str, ...], **options)
       upscale adapt out --prompts math=math.jsonl code=code.jsonl --tasks tasks
     """
     from upscale.adapting.adaptation import adapt as run
-    from upscale.calibrating.prompts import load_prompts
+    from upscale.calibrating.prompts import load_prompts, load_tensors
     from upscale.router_file import opened
 
     config = AdaptConfig(**options)
     if not prompts:
         raise TaskError("give --prompts NAME=FILE for every expert")
     experts = opened(out)[1].experts
-    given = load_prompts(prompt_files(prompts), experts, None)
+    files = prompt_files(prompts)
+    given = load_tensors(files) if _tensors(files) else load_prompts(files, experts, None)
     quiet_libraries()
     before = _scores(out, tasks, "before")
     with progress_bar("adapting") as progress:
@@ -43,6 +47,10 @@ def adapt(out: str, prompts: tuple[str, ...], tasks: tuple[str, ...], **options)
         from upscale.commands.eval import show as show_scores
 
         show_scores([*before, *_scores(out, tasks, "after")])
+
+
+def _tensors(files: dict[str, list[str]]) -> bool:
+    return all(file.endswith(".safetensors") for of_expert in files.values() for file in of_expert)
 
 
 def _scores(out: str, tasks: tuple[str, ...], name: str) -> list:
