@@ -150,7 +150,12 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
         classes = {expert: labels(plan.experts[expert]) for expert in plan.heads}
         layout = Layout(plan.method.NAME, tuple(plan.experts), router, modules, plan.heads, classes)
         report = Report(
-            plan.method.NAME, module_reports, rest_reports, plan.base_bytes, plan.group_bytes, writer.nbytes
+            plan.method.NAME,
+            module_reports,
+            rest_reports,
+            plan.base_bytes,
+            plan.group_bytes,
+            writer.nbytes + plan.router_bytes,
         )
         writer.commit(_config(plan, layout), _files(plan, group, report), {PART: tensors} if tensors else {})
     return report

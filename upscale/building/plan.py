@@ -33,6 +33,7 @@ class Plan:
         rest: tensors of the base that are not upscaled.
         merging: how they are merged; None: they stay the base's.
         skeleton: the base's structure.
+        router_bytes: size of the router's tensors.
         heads: of a classifier, shapes of the tensors of each expert's head.
         declared: every tensor that may be written.
     """
@@ -48,6 +49,7 @@ class Plan:
     rest: Sequence[str]
     merging: Merging | None
     skeleton: Skeleton
+    router_bytes: int
     heads: Mapping[str, Mapping[str, tuple[int, ...]]]
     declared: Mapping[str, TensorSpec]
 
@@ -65,7 +67,7 @@ class Plan:
     @property
     def result_bytes(self) -> int:
         """Largest size of the result's tensors."""
-        return sum(spec.nbytes for spec in self.declared.values())
+        return sum(spec.nbytes for spec in self.declared.values()) + self.router_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -117,14 +119,28 @@ def make_plan(verdict: Verdict, method: Method, config: BuildConfig, progress: P
     layouts = {n.name: ModuleLayout(n.width, n.width, (0,) * experts, n.bias is not None, NORM) for n in norms}
     weights = {n.name: n.weight for n in [*norms, *chosen]}
     _declare(declared, layouts, weights)
-    fixed = sum(spec.nbytes for spec in declared.values())
+    router = method.router_bytes(found, chosen, experts, config)
+    fixed = sum(spec.nbytes for spec in declared.values()) + router
     ranks = choose_ranks(verdict, chosen, declared, fixed, config, progress)
     of_linears = {n.name: method.largest(n, ranks[n.name], config) for n in chosen}
     _declare(declared, of_linears, weights)
     merging = method.rest(verdict, config)
     layouts |= of_linears
     return Plan(
-        base, verdict.experts, method, config, chosen, norms, tied, layouts, rest, merging, found, heads, declared
+        base,
+        verdict.experts,
+        method,
+        config,
+        chosen,
+        norms,
+        tied,
+        layouts,
+        rest,
+        merging,
+        found,
+        router,
+        heads,
+        declared,
     )
 
 

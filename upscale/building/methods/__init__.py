@@ -29,6 +29,10 @@ class Method(Protocol):
         """The largest layout that a linear can get with these ranks of the experts: what to reserve."""
         ...
 
+    def router_bytes(self, found: Skeleton, linears: Sequence[Linear], experts: int, config: Any) -> int:
+        """Size of the router's tensors, known before anything is read."""
+        ...
+
     def upscale_linear(
         self,
         linear: Linear,

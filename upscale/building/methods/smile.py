@@ -57,6 +57,11 @@ def router(
     return settings | {name: value for name, value in beyond.items() if value not in ("linear", "token", False)}, {}
 
 
+def router_bytes(found: Skeleton, linears: Sequence[Linear], experts: int, config: SmileConfig) -> int:
+    """None."""
+    return 0
+
+
 def largest(linear: Linear, ranks: Sequence[int], config: SmileConfig) -> ModuleLayout:
     """The layout of a linear if every expert changed it."""
     return ModuleLayout(linear.in_features, linear.out_features, tuple(ranks), linear.bias is not None, linear.kind)

@@ -7,6 +7,7 @@ on the MLP's input adds up.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,12 +77,8 @@ def router(
 
     As published, but that the last layer starts at zero instead of N(0, 0.01^2): so the model is the merge exactly.
     """
-    settings = {"type": "ensembling", "depth": config.router_depth, "shared": config.shared_router}
-    if found.whole:
-        settings["whole"] = list(found.whole)
-    if config.vectors == "rank-one":
-        settings["terms"] = max(rank for module in modules.values() for rank in module.ranks)
-    made = EnsemblingRouter(modules, **{k: v for k, v in settings.items() if k != "type"})
+    settings = _settings(found, modules, config)
+    made = EnsemblingRouter(modules, **settings)
     experts = len(next(iter(modules.values())).ranks)
     generator = torch.Generator().manual_seed(config.seed)
     values = {}
@@ -93,7 +90,26 @@ def router(
             values[name] = torch.zeros_like(parameter)
         else:
             values[name] = torch.full_like(parameter, scaling(experts, config))
-    return settings, values
+    return {"type": "ensembling", **settings}, values
+
+
+def _settings(found: Skeleton, modules: Mapping[str, ModuleLayout], config: WemoeConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {"depth": config.router_depth, "shared": config.shared_router}
+    if found.whole:
+        settings["whole"] = list(found.whole)
+    if config.vectors == "rank-one":
+        settings["terms"] = max(rank for module in modules.values() for rank in module.ranks)
+    return settings
+
+
+def router_bytes(found: Skeleton, linears: Sequence[Linear], experts: int, config: WemoeConfig) -> int:
+    """Of the networks, in float32."""
+    modules = {
+        n.name: largest(n, (min(config.rank, n.in_features, n.out_features),) * experts, config) for n in linears
+    }
+    with torch.device("meta"):
+        made = EnsemblingRouter(modules, **_settings(found, modules, config))
+    return sum(4 * parameter.numel() for parameter in made.parameters())
 
 
 def largest(linear: Linear, ranks: Sequence[int], config: WemoeConfig) -> ModuleLayout:
