@@ -102,6 +102,8 @@ def calibrate(
         _check(prompts, layout.experts)
     discard(directory, router_file.PART)  # a router that cannot be read is in the way of the rest
     model = load(directory, dtype=config.dtype, router=_NONE)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ConfigError(f"{path}: a calibrated router needs a decoder-only language model; use a projection router")
     reader = Reader(model, load_tokenizer(directory, padding_side="left"), config)
     if config.depth is not None and config.depth >= reader.blocks:
         raise ConfigError(f"--depth {config.depth}: the model has depths 0 to {reader.blocks - 1}")
