@@ -1,6 +1,6 @@
 """Train a small vision transformer and five fine-tunes of it on real images, and lay out images to judge merges by.
 
-    python benchmarks/train_vits.py OUT --data DATA                    # about 20 minutes on one core
+    python benchmarks/train_vits.py OUT --data DATA                    # 20 to 30 minutes on one core
     python benchmarks/train_vits.py OUT --data DATA --only quickdraw3  # one expert, into a group that is there
 
 DATA holds `images/<set>.npz` (uint8 images of 28x28, labels and the names of the classes, split into train and test).

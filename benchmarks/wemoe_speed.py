@@ -2,9 +2,9 @@
 
     python benchmarks/wemoe_speed.py                     # make the models, install the peer, run both, compare
     python benchmarks/wemoe_speed.py --rounds 5 --threads 1
-    python benchmarks/wemoe_speed.py --size vit-b-32 --rounds 2 --passes 2 --steps 0   # forward passes alone
+    python benchmarks/wemoe_speed.py --size vit-b-32 --rounds 1 --passes 2 --steps 0   # forward passes alone
 
-Each size has its part of wemoe_speed.json. At the size of a ViT-B/32, FusionBench's step per sample did not fit 24 GB.
+Each size has its part of wemoe_speed.json.
 
 The base is a randomly initialised `CLIPVisionModel`, its experts are the base plus deltas with the spectrum that
 fine-tuning leaves (group.py). Timed are a forward pass of a batch, and one step of adaptation: the entropy of a fixed
@@ -14,7 +14,8 @@ each sample by itself. Ours starts from FusionBench's routers, so that the outpu
 
 Every measurement is a process of its own, and those of the two sides take turns. For times, the allocator keeps what it
 has: else most of FusionBench's time per sample is the kernel's, which hands out the same pages again and again. For
-memory there are runs of their own, in which the allocator returns everything at once.
+memory there are runs of their own, in which the allocator returns everything at once. (In the former, glibc 2.36
+takes some ten times the memory for FusionBench's step per sample: 7 GB at the small size, so try no larger one.)
 """
 
 import json

@@ -23,6 +23,7 @@ from upscale.config import BuildConfig, SmileConfig, WemoeConfig, recipe
 from upscale.errors import NonFiniteError
 from upscale.router_file import PART, named
 from upscale.runtime import runtime_files
+from upscale.runtime.architecture_upscaled import autos_of
 from upscale.runtime.layout_upscaled import LINEAR, Layout, ModuleLayout
 from upscale.runtime.modeling_upscaled import upscaled_config
 from zoo import Checkpoint, Group, Source, Writer, check
@@ -285,5 +286,5 @@ def _files(plan: Plan, group: Group, report: Report) -> Mapping[str, bytes | Pat
         **runtime_files(),
         "upscale.yaml": yaml.safe_dump(made, sort_keys=False).encode(),
         "report.json": json.dumps(report.to_json(), indent=1).encode() + b"\n",
-        "README.md": card(group, report).encode(),
+        "README.md": card(group, report, plan.method.SUMMARY, autos_of(plan.base.config)[0]).encode(),
     }

@@ -16,6 +16,7 @@ class Method(Protocol):
     """What the plan and the build loop ask of a method's module."""
 
     NAME: str
+    SUMMARY: str  # what it does, for the model card
 
     def choose(self, found: Skeleton, experts: int, config: Any) -> tuple[list[Linear], list[Norm]]:
         """The modules of a model to upscale, for so many experts."""

@@ -15,6 +15,9 @@ from upscale.runtime.router_upscaled import in_block
 from zoo import Verdict
 
 NAME: str = "smile"
+SUMMARY: str = (
+    "every linear that a fine-tune\nchanged keeps the change as a low-rank expert, and a router chooses among them."
+)
 
 
 def choose(found: Skeleton, experts: int, config: SmileConfig) -> tuple[list[Linear], list[Norm]]:
