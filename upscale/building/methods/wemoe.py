@@ -24,7 +24,9 @@ from upscale.runtime.router_upscaled import in_block
 from zoo import Verdict
 
 NAME: str = "wemoe"
-SUMMARY: str = "everything is merged but the MLPs,\nwhich keep each fine-tune's task vector; routers weigh them for each input."
+SUMMARY: str = (
+    "everything is merged but the MLPs,\nwhich keep each fine-tune's task vector; routers weigh them for each input."
+)
 SCALING = 0.3  # the paper's, for eight tasks
 SPREAD = 0.01  # standard deviation of the routers' first weights
 # Where the MLPs of transformers' models are; attention has output projections of the same names.
