@@ -29,7 +29,10 @@ class AttentionMean(nn.Module):
         super().__init__()
         self.queries, self.keys, self.size = like.num_heads, like.num_kv_heads, like.head_size
         if width > self.keys * self.size:
-            raise ValueError(f"{prefix}: {width} values do not fit the model's key-value heads")
+            raise ValueError(
+                f"{prefix}: the means of {width} values a token do not fit the model's {self.keys} key-value heads of "
+                f"{self.size}; build with a smaller --rank, or other --vectors than rank-one"
+            )
         self.width, self.half_life, self.scale = width, half_life, float(like.impl.scale)
         self.attention = Attention(
             self.queries,

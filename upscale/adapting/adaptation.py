@@ -101,7 +101,8 @@ def adapt(
         settings = {key: value for key, value in layout.router.items() if key != "tensors"}
         values = dict(model.router.named_parameters())
         router_file.replace(directory, layout, settings, values, {**made, "steps": training.best.step})
-    state.unlink(missing_ok=True)
+    for left in directory.glob(".adapt-*.state"):  # of this run, and of killed ones on the router that was
+        left.unlink()
     return Adaptation(config.objective, len(training.losses), training.stopped, training)
 
 

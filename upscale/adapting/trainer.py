@@ -1,5 +1,6 @@
 """The training loop of all routers: Adam on an objective without labels; the best routers on held-out inputs stay."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor
 from upscale.adapting.examples import Batch, Examples
 from upscale.adapting.objectives import divergence, entropy, per_example
 from upscale.config import AdaptConfig
+from upscale.errors import LoadError
 from upscale.runtime.calibrated_upscaled import CalibratedRouter
 
 DIVERGED = 2.0  # times the first judgement's loss
@@ -72,7 +74,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr)
         self.training, self.step = Training(), 0
         self.best = self._values()
-        held = {e: int(config.held_out * examples.count(e)) for e in experts}
+        held = {e: min(examples.count(e) - 1, math.ceil(config.held_out * examples.count(e))) for e in experts}
         self.kept = {e: list(range(held[e])) for e in experts}
         self.used = {e: list(range(held[e], examples.count(e))) for e in experts}
 
@@ -90,6 +92,8 @@ class Trainer:
             self._resume()
             if not self.training.judgements:
                 self._judge()
+            if not self.training.judgements:
+                raise LoadError("the model's predictions are not finite before any training; build it again")
             while self.step < self.config.steps and self.training.stopped == "steps":
                 self._train(progress)
         finally:
@@ -190,6 +194,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "judgements": [(j.step, j.loss, j.entropy) for j in self.training.judgements],
             "losses": self.training.losses,
+            "stopped": self.training.stopped,
         }
         partial = self.state.with_suffix(".partial")
         torch.save(content, partial)
@@ -203,4 +208,4 @@ class Trainer:
         self._put(content["values"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.training.judgements = [Judgement(*values) for values in content["judgements"]]
-        self.training.losses = content["losses"]
+        self.training.losses, self.training.stopped = content["losses"], content["stopped"]

@@ -130,5 +130,7 @@ class WemoeConfig(BuildConfig):
             raise ConfigError("--shared-router needs --router-depth 1 or 2: a constant has nothing to share")
         if not 0 < self.density <= 1:
             raise ConfigError(f"--density must be above 0 and at most 1, not {self.density}")
+        if self.merge == "average" and self.scaling is not None:
+            raise ConfigError("--scaling does not go with --merge average, whose weights are one part for each expert")
         if self.vectors != "low-rank" and not self.one_rank:
             raise ConfigError("--budget and --energy choose ranks: they need --vectors low-rank")

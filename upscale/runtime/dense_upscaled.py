@@ -74,6 +74,8 @@ def pack(delta: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     return flat[position], high * 16 + low
 
 
+@torch.inference_mode(False)  # or training could not use what a first pass under it made
+@torch.no_grad()
 def unpack(values: Tensor, gaps: Tensor, shape: tuple[int, int]) -> Tensor:
     """The deltas [E, o, i] of ``values`` [E, m] and ``gaps`` [E, bytes]; see ``pack``."""
     delta = values.new_zeros(len(values), shape[0] * shape[1])

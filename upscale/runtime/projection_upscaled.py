@@ -76,7 +76,8 @@ class ProjectionRouter(Router):
 
     def forward(self, name: str, x: Tensor, z: Tensor | None, ranks: Sequence[int]) -> Tensor | None:
         """See Router; at most ``top_k`` weights of a token are not 0."""
-        assert z is not None
+        if z is None:
+            raise ValueError(f"{name}: a projection router needs low-rank experts; use the checkpoint's own router")
         if len(ranks) == 1:
             return z.new_ones((*z.shape[:-1], 1), dtype=torch.float32)  # one expert: pure delta compression, always on
         gathers = self.scope != "linear"
