@@ -5,7 +5,7 @@ from rich.table import Table
 
 from upscale.commands.display import console, progress_bar, quiet_libraries
 from upscale.commands.options import ManyPrompts, prompt_files, prompts_option, settings
-from upscale.config import AdaptConfig
+from upscale.config import AdaptConfig, EvalConfig
 from upscale.errors import TaskError
 
 
@@ -39,27 +39,29 @@ def adapt(out: str, prompts: tuple[str, ...], tasks: tuple[str, ...], **options)
     files = prompt_files(prompts)
     given = load_tensors(files) if _tensors(files) else load_prompts(files, experts, None)
     quiet_libraries()
-    before = _scores(out, tasks, "before")
+    before = _scores(out, tasks, config, "before")
     with progress_bar("adapting") as progress:
         found = run(out, given, config, progress=progress)
     show(found)
     if tasks:
         from upscale.commands.eval import show as show_scores
 
-        show_scores([*before, *_scores(out, tasks, "after")])
+        show_scores([*before, *_scores(out, tasks, config, "after")])
 
 
 def _tensors(files: dict[str, list[str]]) -> bool:
     return all(file.endswith(".safetensors") for of_expert in files.values() for file in of_expert)
 
 
-def _scores(out: str, tasks: tuple[str, ...], name: str) -> list:
+def _scores(out: str, tasks: tuple[str, ...], config: AdaptConfig, name: str) -> list:
+    """Scores of prompts that are framed as those of the adaptation."""
     if not tasks:
         return []
     from upscale.evaluating.evaluation import evaluate
 
+    asked = EvalConfig(prompt_template=config.prompt_template, chat=config.chat, device=config.device)
     with progress_bar(f"scoring {name}") as progress:
-        return evaluate({name: out}, list(tasks), progress=progress)
+        return evaluate({name: out}, list(tasks), asked, progress=progress)
 
 
 def show(found) -> None:
