@@ -1,9 +1,14 @@
 """WEMoE in vLLM: every form of the task vectors, with routers that follow the prefix."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+from urllib.request import Request, urlopen
+
 import pytest
 import torch
 
 import upscale
+from serving.running import running_server
 from tests.architectures import TABLE
 from tests.test_upscale_wemoe import randomise
 from tests.vllm_runs import LENGTHS, assert_parity, generate, prompts, vllm_engine
@@ -48,3 +53,29 @@ def test_vllm_is_transformers(name, mode, options, groups, tmp_path):
         again = generate(llm, [*requests, [*requests[-1][:128], *prompts([20], seed=1)[0]]])
         assert [output.num_cached_tokens > 0 for output in again] == [len(r) > 32 for r in (*requests, requests[-1])]
         assert_parity(model, again)
+
+
+def test_two_hundred_concurrent_requests_answer_as_transformers_does(groups, tmp_path):
+    """Mixed prompts in shared batches over HTTP: no request's mean sees another's tokens."""
+    upscale.wemoe(groups(BY_NAME["llama"], 3), tmp_path / "served", rank=8)
+    randomise(tmp_path / "served")
+    model = upscale.load(tmp_path / "served")
+    asked = prompts([3 + 7 * n % 60 for n in range(25)], seed=5)
+
+    def in_transformers(ids):
+        output = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+        return output[0, len(ids) :].tolist()
+
+    expected = [in_transformers(ids) for ids in asked]
+    with running_server(tmp_path / "served", ["--max-num-seqs", "16"], tmp_path / "server.log") as url:
+
+        def ask(number):
+            body = {"model": "served", "prompt": asked[number % 25], "max_tokens": 8, "temperature": 0}
+            body |= {"ignore_eos": True, "return_token_ids": True}
+            request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+            with urlopen(request, timeout=120) as reply:
+                return json.load(reply)["choices"][0]["token_ids"]
+
+        with ThreadPoolExecutor(200) as pool:
+            answers = list(pool.map(ask, range(200)))
+    assert answers == [expected[number % 25] for number in range(200)]
