@@ -33,7 +33,7 @@ from zoo import Group
 HERE = Path(__file__).resolve().parent
 BATCH = 100
 DRAWS = 2000  # of the bootstrap
-STEPS, RATE = 300, 1e-3
+STEPS, RATE = 200, 1e-3
 
 
 class _Bench:

@@ -9,6 +9,7 @@ import torch
 
 import upscale
 from tests.architectures import TABLE
+from tests.test_upscale_wemoe import randomise
 from tests.vllm_runs import gated, prompts
 
 QWEN2 = next(architecture for architecture in TABLE if architecture.name == "qwen2")
@@ -32,14 +33,20 @@ if __name__ == "__main__":
 """
 
 
-def test_two_ranks_give_the_numbers_of_transformers(builds, tmp_path):
-    """Projections that are summed over ranks, over the prefix; and a router by prompt, with experts on embeddings."""
+def test_two_ranks_give_the_numbers_of_transformers(builds, groups, tmp_path):
+    """Projections that are summed over ranks, over the prefix; a router by prompt, with experts on embeddings; a WEMoE.
+
+    Its whole deltas are shared out by rows and columns.
+    """
     own = {"rank": 8, "router_rank": 4, "top_k": 2, "scope": "model", "granularity": "prefix"}
     width = QWEN2.config().hidden_size
     made = [
         builds(QWEN2, 3, **own)[0],
         gated(builds(QWEN2, 3, rank=16)[0], tmp_path / "gated", width, granularity="prompt", top_k=1),
+        tmp_path / "sparse",
     ]
+    upscale.wemoe(groups(QWEN2, 3), made[-1], vectors="sparse", density=0.3)
+    randomise(made[-1])
     requests = prompts((5, 40))
     (tmp_path / "run.py").write_text(SCRIPT)
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
