@@ -1,9 +1,9 @@
 """The training loop of all routers: Adam on an objective without labels; the best routers on held-out inputs stay."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,22 @@ class Judgement:
         step: 0 before the first.
         loss: the objective's mean over examples, and over experts.
         entropy: mean entropy of the predictions, in nats.
+        use: mean weight of each expert, over inputs, tokens and modules.
     """
 
     step: int
     loss: float
     entropy: float
+    use: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A batch: the objective [B], the predictions' entropy [B], and the mean weight of each expert [E]."""
+
+    loss: Tensor
+    entropy: Tensor
+    use: Tensor
 
 
 @dataclass
@@ -109,7 +120,7 @@ class Trainer:
         total = 0.0
         for number, expert in enumerate(self.experts):
             rows = self._draw(number, self.used[expert] or self.kept[expert])
-            loss = self._loss(expert, self.examples.batch(expert, rows))[0].mean() / len(self.experts)
+            loss = self._run(expert, self.examples.batch(expert, rows)).loss.mean() / len(self.experts)
             loss.backward()  # one expert at a time: a graph of all would take as many times the memory
             total += float(loss.detach())
         if not total < float("inf") or not self._finite_gradients():
@@ -122,7 +133,9 @@ class Trainer:
             self._judge()
         if progress:
             last = self.training.judgements[-1]
-            progress(self.step, self.config.steps, f"loss {total:.3f}, held out {last.loss:.3f}")
+            use = " ".join(f"{expert} {weight:.2f}" for expert, weight in last.use.items())
+            what = f"loss {total:.3f}, held out {last.loss:.3f}, entropy {last.entropy:.2f}; {use}"
+            progress(self.step, self.config.steps, what)
 
     def _draw(self, number: int, rows: Sequence[int]) -> list[int]:
         """The rows of a step follow from the seed and the step, so that a resumed training goes on as it would have."""
@@ -130,11 +143,13 @@ class Trainer:
         order = torch.randperm(len(rows), generator=generator)[: self.config.batch_size]
         return [rows[n] for n in order.tolist()]
 
-    def _loss(self, expert: str, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The objective [B] and the predictions' entropy [B] of a batch."""
+    def _run(self, expert: str, batch: Batch) -> "_Outcome":
         inputs = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
         with self.model.heads.use(expert) if hasattr(self.model, "heads") else nullcontext():
+            self.model.routing.trace = trace = {}
             logits = self._logits(inputs, batch)
+            self.model.routing.trace = None
+        use = torch.stack([w.flatten(0, -2).mean(dim=0) for w in trace.values()]).mean(dim=0)
         found = entropy(logits)
         values = found
         if self.config.objective == "distil":
@@ -142,7 +157,7 @@ class Trainer:
                 teacher = self._logits(inputs, batch)
             values = divergence(logits, teacher)
         mask = torch.ones_like(values) if batch.places is None else batch.places.to(values.device)
-        return per_example(values, mask), per_example(found.detach(), mask)
+        return _Outcome(per_example(values, mask), per_example(found.detach(), mask), use.cpu())
 
     def _logits(self, inputs: dict[str, Tensor], batch: Batch) -> Tensor:
         cached = {"use_cache": False} if batch.places is not None else {}
@@ -151,24 +166,23 @@ class Trainer:
 
     @torch.no_grad()
     def _judge(self) -> None:
-        losses, entropies = [], []
+        losses, entropies, uses = [], [], []
         for expert in self.experts:
-            rows = self.kept[expert] or self.used[expert]
-            found = []
-            for start in range(0, len(rows), self.config.batch_size):
-                found.append(
-                    self._loss(expert, self.examples.batch(expert, rows[start : start + self.config.batch_size]))
-                )
-            losses.append(float(torch.cat([loss for loss, _ in found]).mean()))
-            entropies.append(float(torch.cat([e for _, e in found]).mean()))
+            rows, size = self.kept[expert] or self.used[expert], self.config.batch_size
+            batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+            found = [self._run(expert, self.examples.batch(expert, batch)) for batch in batches]
+            losses.append(float(torch.cat([outcome.loss for outcome in found]).mean()))
+            entropies.append(float(torch.cat([outcome.entropy for outcome in found]).mean()))
+            uses.append(torch.stack([outcome.use for outcome in found]).mean(dim=0))
         loss = sum(losses) / len(losses)
+        use = dict(zip(self.experts, torch.stack(uses).mean(dim=0).tolist(), strict=True))
         seen = self.training.judgements
         if not loss < float("inf") or (seen and loss > DIVERGED * max(seen[0].loss, 1e-3)):
             self.training.stopped = "diverged"
             return
         if not seen or loss < self.training.best.loss:
             self.best = self._values()
-        seen.append(Judgement(self.step, loss, sum(entropies) / len(entropies)))
+        seen.append(Judgement(self.step, loss, sum(entropies) / len(entropies), use))
         if len(seen) - 1 - seen.index(self.training.best) >= self.config.patience:
             self.training.stopped = "patience"
         self._save()
@@ -192,7 +206,7 @@ class Trainer:
             "values": self._values(),
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
-            "judgements": [(j.step, j.loss, j.entropy) for j in self.training.judgements],
+            "judgements": [asdict(j) for j in self.training.judgements],
             "losses": self.training.losses,
             "stopped": self.training.stopped,
         }
@@ -207,5 +221,5 @@ class Trainer:
         self.step, self.best = content["step"], content["best"]
         self._put(content["values"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.training.judgements = [Judgement(*values) for values in content["judgements"]]
+        self.training.judgements = [Judgement(**values) for values in content["judgements"]]
         self.training.losses, self.training.stopped = content["losses"], content["stopped"]

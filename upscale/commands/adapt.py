@@ -67,12 +67,12 @@ def _scores(out: str, tasks: tuple[str, ...], config: AdaptConfig, name: str) ->
 def show(found) -> None:
     """Print how the routers did on the held-out prompts."""
     best = found.training.best
-    table = Table(title="Routers on held-out prompts", title_justify="left")
-    for column in ("step", "loss", "entropy"):
+    table = Table(title="Routers on held-out prompts, and the mean weight of each expert", title_justify="left")
+    for column in ("step", "loss", "entropy", *best.use):
         table.add_column(column, justify="right")
     for j in found.training.judgements:
         mark = "[bold]" if j == best else ""
-        table.add_row(f"{mark}{j.step}", f"{j.loss:.4f}", f"{j.entropy:.4f}")
+        table.add_row(f"{mark}{j.step}", f"{j.loss:.4f}", f"{j.entropy:.4f}", *(f"{w:.2f}" for w in j.use.values()))
     console.print(table)
     if found.stopped == "diverged":
         console.print(
