@@ -173,6 +173,8 @@ def main(directory: Path) -> None:
         bench.upscaled(f"WEMoE rank 32, {adapted}", upscale.wemoe, adapted, rank=32)
         sparse = {"vectors": "sparse", "density": 0.1, "shared_router": True}
         bench.upscaled(f"E-WEMoE 90 %, {adapted}", upscale.wemoe, adapted, **sparse)
+        everything = {"rank": 32, "mlp_pattern": ("*",)}  # attention too: beyond the paper
+        bench.upscaled(f"WEMoE of all linears, {adapted}", upscale.wemoe, adapted, **everything)
         bench.upscaled(
             f"rank-one WEMoE 16, {adapted}", upscale.wemoe, adapted, vectors="rank-one", rank=16, router_depth=1
         )
