@@ -26,8 +26,9 @@ def load_prompts(files: Mapping[str, Sequence[str | Path]], experts: Sequence[st
         TaskError: an unknown or missing expert, a file that cannot be read or used, too few prompts; says which.
     """
     names = [*experts, *([] if fallback is None else [fallback])]
+    has = ", ".join(experts) + ("" if fallback is None else f" and {fallback}")
     if unknown := sorted(files.keys() - {*names}):
-        raise TaskError(f"--prompts {unknown[0]}: no such expert; the model has {', '.join(names)}")
+        raise TaskError(f"--prompts {unknown[0]}: no such expert; the model has {has}")
     if missing := [name for name in experts if name not in files]:
         raise TaskError(f"no prompts for {', '.join(missing)}: every expert needs --prompts NAME=FILE")
     prompts = {}

@@ -160,8 +160,22 @@ def follow(model: nn.Module, router: Router) -> None:
             prefixes[name] = Prefix(router)
             module.register_forward_pre_hook(prefixes[name].begin, with_kwargs=True)
 
-    def prefix(site: str) -> Prefix:
-        return next(found for name, found in prefixes.items() if site.startswith(name))
+    stacked = _Stacks(prefixes)
+    router.mean, router.whole = stacked.mean, stacked.whole
 
-    router.mean = lambda site, values: prefix(site).mean(site, values)
-    router.whole = lambda site, values: prefix(site).whole(site, values)
+
+class _Stacks:
+    """The means of each stack's own modules. Methods, not closures: a copy of the model has means of its own."""
+
+    def __init__(self, prefixes: Mapping[str, Prefix]):
+        self.prefixes = prefixes
+
+    def mean(self, site: str, values: Tensor) -> Tensor:
+        return self._of(site).mean(site, values)
+
+    def whole(self, site: str, values: Tensor) -> Tensor:
+        return self._of(site).whole(site, values)
+
+    def _of(self, site: str) -> Prefix:
+        found = [prefix for name, prefix in self.prefixes.items() if site.startswith(name)]
+        return found[0] if found else next(iter(self.prefixes.values()))
