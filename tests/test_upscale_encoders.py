@@ -19,6 +19,7 @@ from transformers import (
 
 import upscale
 from tests.architectures import SHAPE
+from tests.conftest import save_model
 from tests.reference.models import close
 from upscale import router_file
 from upscale.errors import ConfigError
@@ -159,6 +160,22 @@ def test_an_encoder_decoder_generates_with_its_cache_as_without(tmp_path):
     cached, plain = (model.generate(**given, **options, use_cache=use) for use in (True, False))
     assert torch.equal(cached.sequences, plain.sequences)
     close(torch.stack(cached.logits), torch.stack(plain.logits), 1e-4)
+
+
+def test_an_encoder_decoder_adapts_to_prompts(tmp_path):
+    config = KINDS[-1].make().config
+    config.vocab_size, config.pad_token_id, config.eos_token_id = 259, 2, 1
+    kind = Kind("t5", lambda: T5ForConditionalGeneration(config), {})
+    torch.manual_seed(0)
+    base = kind.make().eval()
+    save_model(base, tmp_path / "base")
+    for seed in (1, 2):
+        tuned(kind, base, seed).save_pretrained(tmp_path / f"e{seed}")
+    group = Group.of(tmp_path / "base", {f"e{n}": tmp_path / f"e{n}" for n in (1, 2)})
+    upscale.wemoe(group, tmp_path / "out", vectors="dense")
+    prompts = {"e1": [f"word {n}" for n in range(8)], "e2": [f"{n} + {n}" for n in range(8)]}
+    found = upscale.adapt(tmp_path / "out", prompts, steps=20, judge_every=5, lr=1e-2, continuation=4)
+    assert found.training.best.loss < 0.9 * found.training.judgements[0].loss
 
 
 # ---------------------------------------------------------------------------------------------------------------- heads

@@ -92,6 +92,7 @@ class Prompts:
         step: Callable[[str], None],
     ):
         self.tokenizer, self.config = tokenizer, config
+        self.start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         text = model.config.get_text_config()
@@ -118,6 +119,8 @@ class Prompts:
     def batch(self, expert: str, rows: Sequence[int]) -> Batch:
         """See Examples. Padded right; the last token of each text predicts nothing that counts."""
         pairs = [self.rows[expert][row] for row in rows]
+        if self.start is not None:
+            return self._to_decode(pairs)
         longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
         ids = torch.full((len(pairs), longest), self.tokenizer.pad_token_id)
         mask, places = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -126,6 +129,17 @@ class Prompts:
             ids[n, :end], mask[n, :end] = torch.tensor(prompt + answer), 1
             places[n, len(prompt) - 1 : end - 1] = True
         return Batch({"input_ids": ids, "attention_mask": mask}, places)
+
+    def _to_decode(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
+        """Prompts for the encoder, answers for the decoder, which begins with a token of its own."""
+        prompt = self.tokenizer.pad({"input_ids": [p for p, _ in pairs]}, padding_side="right", return_tensors="pt")
+        answers = torch.full((len(pairs), max(len(answer) for _, answer in pairs)), self.tokenizer.pad_token_id)
+        places = torch.zeros_like(answers, dtype=torch.bool)
+        for n, (_, answer) in enumerate(pairs):
+            answers[n, : len(answer)] = torch.tensor([self.start, *answer[:-1]])
+            places[n, : len(answer)] = True
+        inputs = {key: prompt[key] for key in ("input_ids", "attention_mask")}
+        return Batch({**inputs, "decoder_input_ids": answers}, places)
 
     def _encode(self, prompt: str) -> list[int]:
         if self.config.chat:
@@ -144,6 +158,7 @@ class Prompts:
         )
         end = self.tokenizer.eos_token_id
         found = []
-        for prompt, tail in zip(encoded, output[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+        given = batch.input_ids.shape[1] if self.start is None else 1
+        for prompt, tail in zip(encoded, output[:, given:].tolist(), strict=True):
             found.append((prompt, tail[: tail.index(end) + 1] if end in tail else tail))  # the end is predicted too
         return found
