@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from tests.reference import smile as reference
@@ -29,6 +30,7 @@ class Model(nn.Module):
     """The smallest model that experts can be injected into."""
 
     dtype = property(lambda self: self.linear.weight.dtype)
+    config = PretrainedConfig()
 
     def __init__(self, linear):
         super().__init__()
