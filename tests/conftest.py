@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.architectures import TABLE, Architecture
-from upscale import smile
+from upscale import smile, wemoe
 from zoo import Group
 from zoo.demo.tokenizer import save_tokenizer
 
@@ -65,6 +65,21 @@ def builds(groups, tmp_path_factory):
         if key not in made:
             out = tmp_path_factory.mktemp(f"{architecture.name}-smile") / "out"
             made[key] = out, smile(groups(architecture, experts), out, **options)
+        return made[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def wemoes(groups, tmp_path_factory):
+    """``wemoes(architecture, **options)``: directory of the WEMoE build of a group of three, made once."""
+    made = {}
+
+    def build(architecture: Architecture, **options) -> Path:
+        key = (architecture.name, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(f"{architecture.name}-wemoe") / "out"
+            wemoe(groups(architecture, 3), made[key], **options)
         return made[key]
 
     return build

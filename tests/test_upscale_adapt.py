@@ -15,7 +15,7 @@ from tests.cli_runs import upscale as command
 from tests.reference.models import generate, logits, tensors
 from tests.reference.scoring import ids_of
 from tests.routers import copied, give_router, random_router
-from upscale import adapt, load, wemoe
+from upscale import adapt, load
 from upscale.adapting import adaptation
 from upscale.adapting.objectives import divergence, entropy, per_example
 from upscale.config import AdaptConfig, recipe
@@ -33,26 +33,12 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def built(groups, tmp_path_factory):
-    made = {}
-
-    def build(architecture, **options):
-        key = (architecture.name, *sorted(options.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("wemoe") / "out"
-            wemoe(groups(architecture, 3), made[key], **options)
-        return made[key]
-
-    return build
-
-
 @pytest.fixture
-def fresh(built, tmp_path):
+def fresh(wemoes, tmp_path):
     """``fresh(name)``: a checkpoint of its own."""
 
     def make(name="out", architecture=LLAMA, **options):
-        return copied(built(architecture, **options or {"rank": 8, "router_depth": 1}), tmp_path / name)
+        return copied(wemoes(architecture, **options or {"rank": 8, "router_depth": 1}), tmp_path / name)
 
     return make
 

@@ -12,7 +12,7 @@ from tests.reference import wemoe as reference
 from tests.reference.models import IDS, close, logits, tensors
 from tests.routers import copied
 from tests.test_upscale_wemoe import randomise
-from upscale import load, wemoe
+from upscale import load
 from upscale.runtime.dense_upscaled import longest, pack, unpack
 
 LLAMA, GPT2 = (next(a for a in TABLE if a.name == name) for name in ("llama", "gpt2"))
@@ -83,25 +83,10 @@ def test_several_experts_do_not_mix():
         assert torch.equal(got, reference.pruned(delta, 9 / 42))
 
 
-@pytest.fixture(scope="module")
-def built(groups, tmp_path_factory):
-    """``built(architecture, **options)``: a directory."""
-    made = {}
-
-    def build(architecture, **options):
-        key = (architecture.name, *sorted(options.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("sparse") / "out"
-            wemoe(groups(architecture, 3), made[key], **options)
-        return made[key]
-
-    return build
-
-
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=lambda a: a.name)
 @pytest.mark.parametrize("density", [0.003, 0.1, 0.5, 1.0])
-def test_a_checkpoint_holds_the_pruned_deltas(architecture, density, built):
-    sparse, dense = built(architecture, vectors="sparse", density=density), built(architecture, vectors="dense")
+def test_a_checkpoint_holds_the_pruned_deltas(architecture, density, wemoes):
+    sparse, dense = wemoes(architecture, vectors="sparse", density=density), wemoes(architecture, vectors="dense")
     stored, whole = tensors(sparse), tensors(dense)
     modules = json.loads((sparse / "config.json").read_text())["upscale"]["modules"]
     assert len(modules) == 2 * (3 if architecture is LLAMA else 2)
@@ -119,9 +104,9 @@ def test_a_checkpoint_holds_the_pruned_deltas(architecture, density, built):
 
 
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=lambda a: a.name)
-def test_sparse_vectors_are_pruned_by_magnitude(architecture, groups, built, tmp_path):
+def test_sparse_vectors_are_pruned_by_magnitude(architecture, groups, wemoes, tmp_path):
     """The weights' are; a bias is stored whole, as it takes next to nothing."""
-    out = copied(built(architecture, vectors="sparse", density=0.1), tmp_path / "out")
+    out = copied(wemoes(architecture, vectors="sparse", density=0.1), tmp_path / "out")
     values = randomise(out)
 
     def thin(tau):
@@ -147,9 +132,9 @@ def nbytes(directory, *names):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=lambda a: a.name)
-def test_a_tenth_of_the_entries_takes_little_more_than_a_tenth_of_the_bytes(architecture, dtype, built):
-    sparse = built(architecture, vectors="sparse", density=0.1, dtype=dtype)
-    dense = built(architecture, vectors="dense", dtype=dtype)
+def test_a_tenth_of_the_entries_takes_little_more_than_a_tenth_of_the_bytes(architecture, dtype, wemoes):
+    sparse = wemoes(architecture, vectors="sparse", density=0.1, dtype=dtype)
+    dense = wemoes(architecture, vectors="dense", dtype=dtype)
     values, gaps, deltas = nbytes(sparse, "values"), nbytes(sparse, "gaps"), nbytes(dense, "delta")
     count = 2 * (3 if architecture is LLAMA else 2)
     assert len(values) == len(gaps) == len(deltas) == count
@@ -160,9 +145,9 @@ def test_a_tenth_of_the_entries_takes_little_more_than_a_tenth_of_the_bytes(arch
     assert kinds["gaps"] == torch.uint8 and kinds["values"] == getattr(torch, dtype)
 
 
-def test_a_saved_model_stays_small(built, tmp_path):
+def test_a_saved_model_stays_small(wemoes, tmp_path):
     """Unpacked to run, once, and saved as it was."""
-    out = built(LLAMA, vectors="sparse", density=0.1)
+    out = wemoes(LLAMA, vectors="sparse", density=0.1)
     model = load(out)
     want = logits(model)
     assert torch.equal(logits(model), want)
@@ -174,9 +159,9 @@ def test_a_saved_model_stays_small(built, tmp_path):
 
 
 @pytest.mark.parametrize("first", [torch.enable_grad, torch.inference_mode, torch.no_grad], ids=lambda f: f.__name__)
-def test_routers_train_whatever_the_first_pass_was(first, built):
+def test_routers_train_whatever_the_first_pass_was(first, wemoes):
     """Which is the one that unpacks."""
-    model = load(built(LLAMA, vectors="sparse", density=0.1))
+    model = load(wemoes(LLAMA, vectors="sparse", density=0.1))
     with first():
         model(input_ids=IDS)
     for _ in range(2):

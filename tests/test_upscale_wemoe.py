@@ -38,21 +38,6 @@ FULL = {  # nothing is left out
 ROWS = [IDS[0, :5], IDS[1], IDS[0, 3:11]]
 
 
-@pytest.fixture(scope="session")
-def wemoes(groups, tmp_path_factory):
-    """``wemoes(architecture, **options)``: the directory of a group's build, made once."""
-    made = {}
-
-    def build(architecture, **options):
-        key = (architecture.name, *sorted(options.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(f"{architecture.name}-wemoe") / "out"
-            wemoe(groups(architecture, 3), made[key], **options)
-        return made[key]
-
-    return build
-
-
 @pytest.fixture(params=FULL)
 def full(request):
     return FULL[request.param]

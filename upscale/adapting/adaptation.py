@@ -114,6 +114,8 @@ def _examples(
     tokenizer = load_tokenizer(directory, padding_side="left")
     if model.can_generate():
         return Prompts(model, tokenizer, given, config, prepared)
+    if config.chat:
+        raise ConfigError("--chat needs a language model; this one classifies texts: use --prompt-template")
     return Tensors.of_texts(tokenizer, given, config.prompt_template)
 
 

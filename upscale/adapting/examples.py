@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upscale.config import AdaptConfig
 from upscale.errors import TaskError
-from upscale.evaluating.encoding import as_chat
+from upscale.evaluating.encoding import context_of, encode_prompt, framed
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,6 @@ class Batch:
 
     inputs: Mapping[str, Tensor]
     places: Tensor | None = None
-
-
-def _framed(prompt: str, template: str) -> str:
-    return template.replace("\\n", "\n").replace("\\t", "\t").replace("{prompt}", prompt)
 
 
 class Examples(Protocol):
@@ -55,8 +51,8 @@ class Tensors:
         """Texts for a classifier, cut to the model's context."""
         encoded = {}
         for expert, given in texts.items():
-            framed = [_framed(text, template) for text in given]
-            encoded[expert] = dict(tokenizer(framed, padding=True, truncation=True, return_tensors="pt"))
+            asked = [framed(text, template) for text in given]
+            encoded[expert] = dict(tokenizer(asked, padding=True, truncation=True, return_tensors="pt"))
         return cls(encoded)
 
     def count(self, expert: str) -> int:
@@ -95,11 +91,10 @@ class Prompts:
         self.start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        text = model.config.get_text_config()
-        context = getattr(text, "max_position_embeddings", None) or 1 << 30
+        context = context_of(model)
         self.rows: dict[str, list[tuple[list[int], list[int]]]] = {}
         for expert, given in prompts.items():
-            encoded = [self._encode(prompt) for prompt in given]
+            encoded = [encode_prompt(tokenizer, p, config.prompt_template, chat=config.chat) for p in given]
             for number, ids in enumerate(encoded, start=1):
                 if len(ids) + config.continuation >= context:
                     raise TaskError(
@@ -140,11 +135,6 @@ class Prompts:
             places[n, : len(answer)] = True
         inputs = {key: prompt[key] for key in ("input_ids", "attention_mask")}
         return Batch({**inputs, "decoder_input_ids": answers}, places)
-
-    def _encode(self, prompt: str) -> list[int]:
-        if self.config.chat:
-            return self.tokenizer(as_chat(self.tokenizer, prompt), add_special_tokens=False).input_ids
-        return self.tokenizer(_framed(prompt, self.config.prompt_template)).input_ids
 
     def _answer(self, model: Any, encoded: list[list[int]], expert: str | None) -> list[tuple[list[int], list[int]]]:
         batch = self.tokenizer.pad({"input_ids": encoded}, return_tensors="pt").to(model.device)

@@ -124,23 +124,21 @@ def make_plan(verdict: Verdict, method: Method, config: BuildConfig, progress: P
     ranks = choose_ranks(verdict, chosen, declared, fixed, config, progress)
     of_linears = {n.name: method.largest(n, ranks[n.name], config) for n in chosen}
     _declare(declared, of_linears, weights)
-    merging = method.rest(verdict, config)
-    layouts |= of_linears
     return Plan(
-        base,
-        verdict.experts,
-        method,
-        config,
-        chosen,
-        norms,
-        tied,
-        layouts,
-        rest,
-        merging,
-        found,
-        router,
-        heads,
-        declared,
+        base=base,
+        experts=verdict.experts,
+        method=method,
+        config=config,
+        linears=chosen,
+        norms=norms,
+        tied=tied,
+        layouts=layouts | of_linears,
+        rest=rest,
+        merging=method.rest(verdict, config),
+        skeleton=found,
+        router_bytes=router,
+        heads=heads,
+        declared=declared,
     )
 
 

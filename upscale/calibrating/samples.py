@@ -10,7 +10,7 @@ from torch import Tensor
 from upscale.config import CalibrateConfig
 from upscale.device import usable_device
 from upscale.errors import TaskError
-from upscale.evaluating.encoding import as_chat
+from upscale.evaluating.encoding import context_of, encode_prompt
 from upscale.runtime.calibrated_upscaled import unit_rms
 from upscale.runtime.modeling_upscaled import watch
 from upscale.runtime.prefix_upscaled import running_mean
@@ -63,9 +63,8 @@ class Reader:
         self.model, self.tokenizer, self.config = model.to(device), tokenizer, config
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        text = model.config.get_text_config()
-        self.context = getattr(text, "max_position_embeddings", None) or 1 << 30
-        self.blocks = text.num_hidden_layers
+        self.context = context_of(model)
+        self.blocks = model.config.get_text_config().num_hidden_layers
         weight = model.get_input_embeddings().weight.detach()
         self.embeddings = unit_rms(weight).cpu()  # [V, d], what depth 0 sees
         self.deeper = config.granularity == "prefix" and config.depth != 0
@@ -119,10 +118,7 @@ class Reader:
         return self._sample(name, ids, places)
 
     def _encode(self, prompt: str) -> list[int]:
-        if self.config.chat:
-            return self.tokenizer(as_chat(self.tokenizer, prompt), add_special_tokens=False).input_ids
-        template = self.config.prompt_template.replace("\\n", "\n").replace("\\t", "\t")
-        return self.tokenizer(template.replace("{prompt}", prompt)).input_ids
+        return encode_prompt(self.tokenizer, prompt, self.config.prompt_template, chat=self.config.chat)
 
     @torch.no_grad()
     def _sample(self, name: str, ids: Sequence[int], places: Sequence[int]) -> Sample:

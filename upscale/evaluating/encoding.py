@@ -5,6 +5,8 @@ from typing import Any
 
 from upscale.errors import EngineError
 
+_ENDLESS = 1 << 30
+
 
 def as_chat(tokenizer: Any, prompt: str) -> str:
     """The prompt as a chat message, by the tokenizer's template. Raises EngineError if it has none."""
@@ -12,6 +14,27 @@ def as_chat(tokenizer: Any, prompt: str) -> str:
         raise EngineError("the model has no chat template; use --prompt-template instead of --chat")
     message = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+
+
+def framed(prompt: str, template: str) -> str:
+    """The prompt in its template, in which \\n and \\t stand for a new line and a tab."""
+    return template.replace("\\n", "\n").replace("\\t", "\t").replace("{prompt}", prompt)
+
+
+def encode_prompt(tokenizer: Any, prompt: str, template: str, *, chat: bool) -> list[int]:
+    """Token ids of a prompt as a model is asked it: as a chat message, or in ``template``.
+
+    Raises:
+        EngineError: no chat template.
+    """
+    if chat:  # whose template has the special tokens already
+        return tokenizer(as_chat(tokenizer, prompt), add_special_tokens=False).input_ids
+    return tokenizer(framed(prompt, template)).input_ids
+
+
+def context_of(model: Any) -> int:
+    """The most tokens that a language model of transformers takes; a very large number if it names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or _ENDLESS
 
 
 def encode_pair(tokenizer: Any, prompt: str, continuation: str, *, chat: bool) -> tuple[list[int], int]:
@@ -29,10 +52,10 @@ def encode_pair(tokenizer: Any, prompt: str, continuation: str, *, chat: bool) -
     Raises:
         EngineError: no chat template.
     """
-    framed = chat and bool(prompt)
-    prompt = as_chat(tokenizer, prompt) if framed else prompt
-    alone = tokenizer(prompt, add_special_tokens=not framed).input_ids  # a chat template has them already
-    ids = tokenizer(prompt + continuation, add_special_tokens=not framed).input_ids
+    message = chat and bool(prompt)
+    prompt = as_chat(tokenizer, prompt) if message else prompt
+    alone = tokenizer(prompt, add_special_tokens=not message).input_ids  # a chat template has them already
+    ids = tokenizer(prompt + continuation, add_special_tokens=not message).input_ids
     return list(ids), first_scored(alone, ids)
 
 

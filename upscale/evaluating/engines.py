@@ -13,13 +13,12 @@ from transformers import GenerationConfig
 from upscale.config import EvalConfig
 from upscale.device import usable_device
 from upscale.errors import EngineError
-from upscale.evaluating.encoding import as_chat, encode_pair, windows
+from upscale.evaluating.encoding import as_chat, context_of, encode_pair, windows
 from upscale.evaluating.trace import Trace
 from upscale.loading import load, load_tokenizer, locate, require_expert
 
 Advance = Callable[[int], None]  # so many more prompts are done
 _LOGITS = 1 << 28  # logits computed at once: 1 GiB in float32
-_ENDLESS = 1 << 30  # context of a model that names no limit
 
 
 class Engine(Protocol):
@@ -91,9 +90,8 @@ class TransformersEngine:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.generated: int | None = 0
         self.expert: str | None = None
-        text = self.model.config.get_text_config()
         # A token less than fits, as vLLM must generate one: all engines read the same windows.
-        self.context = (getattr(text, "max_position_embeddings", None) or _ENDLESS) - 1
+        self.context = context_of(self.model) - 1
         # Greedy is greedy, whatever the model's own generation config says; only its token ids count.
         own = self.model.generation_config
         self.model.generation_config = GenerationConfig(

@@ -11,6 +11,7 @@ from typing import Any
 from upscale.config import EvalConfig
 from upscale.errors import TaskError
 from upscale.evaluating.asking import answers, ask
+from upscale.evaluating.encoding import framed
 from upscale.evaluating.engines import Advance, Engine, is_server, open_engine
 from upscale.evaluating.entrants import ORACLE, Entrant, entrants, tensor_bytes
 from upscale.evaluating.metrics import GENERATED, METRICS, WAYS, interval, metric_of, score
@@ -120,8 +121,7 @@ def _pairs(entrant: Entrant, tasks: Sequence[Task], config: EvalConfig) -> list[
 
 def _measure(engine: Engine, pair: _Pair, config: EvalConfig, size: int | None, advance: Advance) -> Result:
     task, bare = pair.task, pair.task.kind == "text"
-    template = config.prompt_template.replace("\\n", "\n").replace("\\t", "\t")
-    prompts = [template.replace("{prompt}", row.prompt) for row in task.rows]
+    prompts = [framed(row.prompt, config.prompt_template) for row in task.rows]
     engine.force(pair.expert)
     before, start = engine.generated, time.perf_counter()
     marks = ask(engine, task, pair.metric, prompts, advance)

@@ -41,13 +41,15 @@ class EnsemblingRouter(Router):
         self.depth, self.sees_whole = depth, tuple(whole)
         linears = {name: module for name, module in modules.items() if module.kind == LINEAR}
         self.blocks = {name: block(name) for name in linears}
-        entries = {place: name for name, place in reversed(self.blocks.items())}
-        self.entries = {name: place for place, name in reversed(entries.items())}
+        first: dict[str, str] = {}
+        for name, place in self.blocks.items():
+            first.setdefault(place, name)
+        self.entries = tuple(first.values())
         self.width = terms * len(next(iter(linears.values())).ranks)
         if depth:
             self.sites = dict.fromkeys(self.entries, self.width)
-        sizes = {SHARED if shared else str(n): linears[name].in_features for n, name in enumerate(self.entries)}
-        self.network = {place: SHARED if shared else str(n) for n, place in enumerate(self.entries.values())}
+        self.network = {place: SHARED if shared else str(n) for n, place in enumerate(first)}
+        sizes = {self.network[place]: linears[name].in_features for place, name in first.items()}
         self.networks = nn.ModuleDict({key: _network(size, self.width, depth) for key, size in sizes.items()})
         self.place: str | None = None
         self.now: Tensor | None = None  # the weights of the block that runs
