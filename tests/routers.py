@@ -5,8 +5,8 @@ import shutil
 
 import torch
 
-from zoo.amend import amend
-from zoo.part import content_key
+from zoo.writing.amend import amend
+from zoo.writing.part import content_key
 
 
 def give_router(directory, tensors, **settings):

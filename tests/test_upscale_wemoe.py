@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import MambaConfig, OPTConfig
 
-import zoo.writer
+import zoo.writing.writer
 from tests.architectures import TABLE, Architecture
 from tests.cli_runs import assert_one_message, every_file, inline, upscale
 from tests.conftest import perturbed, save_model
@@ -222,7 +222,7 @@ def test_the_same_build_gives_the_same_bytes(full, groups, tmp_path, monkeypatch
     for name in ("one", "two"):
         wemoe(group, tmp_path / name, **options)
     assert every_file(tmp_path / "one") == every_file(tmp_path / "two")
-    monkeypatch.setattr(zoo.writer.Writer.__init__, "__kwdefaults__", {"shard_size": 150_000})
+    monkeypatch.setattr(zoo.writing.writer.Writer.__init__, "__kwdefaults__", {"shard_size": 150_000})
     for name in ("three", "four"):
         wemoe(group, tmp_path / name, **options)
     assert every_file(tmp_path / "three") == every_file(tmp_path / "four")

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zoo import Checkpoint, OutputError
-from zoo.amend import amend, discard
-from zoo.checkpoint import INDEX
-from zoo.part import content_key
+from zoo.reading.checkpoint import INDEX
+from zoo.writing.amend import amend, discard
+from zoo.writing.part import content_key
 
 
 def values(seed):

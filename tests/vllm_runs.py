@@ -20,8 +20,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 import upscale
 from upscale.runtime.layout_upscaled import Layout
-from zoo.amend import amend
-from zoo.part import content_key
+from zoo.writing.amend import amend
+from zoo.writing.part import content_key
 
 # Long prompts are prefilled in chunks of at most 64 tokens, together with other requests.
 ENGINE = {

@@ -12,8 +12,8 @@ from upscale.errors import LoadError
 from upscale.loading import locate, read_config
 from upscale.runtime import runtime_files
 from upscale.runtime.layout_upscaled import Layout
-from zoo.amend import amend
-from zoo.part import content_key
+from zoo.writing.amend import amend
+from zoo.writing.part import content_key
 
 PART = "router"  # what the file's name and its tensors' begin with
 

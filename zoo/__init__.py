@@ -1,11 +1,11 @@
 """Models as files: groups, lazy reading, atomic writing, preflight, the demo zoo. Knows no method."""
 
-from zoo.checkpoint import Checkpoint, TensorInfo, TensorSpec
 from zoo.errors import CheckpointError, GroupError, MismatchError, OutputError, SourceError, ZooError
 from zoo.group import Group
 from zoo.preflight import Verdict, check
+from zoo.reading.checkpoint import Checkpoint, TensorInfo, TensorSpec
 from zoo.source import Source
-from zoo.writer import Writer
+from zoo.writing.writer import Writer
 
 __all__ = [
     "Checkpoint",

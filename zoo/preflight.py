@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from zoo.checkpoint import Checkpoint, TensorInfo
 from zoo.errors import CheckpointError, MismatchError, SourceError
 from zoo.group import Group
-from zoo.heads import compare, head
+from zoo.reading.checkpoint import Checkpoint, TensorInfo
+from zoo.reading.heads import compare, head
 
 # Buffers that old versions of transformers saved beside the parameters; no weights, so their absence is no mismatch.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")

@@ -16,7 +16,7 @@ from upscale.config import AdaptConfig, recipe
 from upscale.device import usable_device
 from upscale.errors import ConfigError, TaskError
 from upscale.loading import load, load_tokenizer
-from zoo.part import content_key
+from zoo.writing.part import content_key
 
 Progress = Callable[[int, int, str], None]  # steps done, in all, what is being done
 LEAST = 2  # prompts of an expert: one to train on, one to judge by

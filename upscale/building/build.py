@@ -27,8 +27,8 @@ from upscale.runtime.architecture_upscaled import autos_of
 from upscale.runtime.layout_upscaled import LINEAR, Layout, ModuleLayout
 from upscale.runtime.modeling_upscaled import upscaled_config
 from zoo import Checkpoint, Group, Source, Writer, check
-from zoo.files import companions
-from zoo.heads import labels
+from zoo.reading.companions import companions
+from zoo.reading.heads import labels
 
 Progress = Callable[[int, int, str], None]  # bytes of the base done, bytes in all, what is being done
 

@@ -13,8 +13,8 @@ from upscale.device import check_device
 from upscale.merging.merging import Merging
 from upscale.runtime.layout_upscaled import EMBEDDING, NORM, ModuleLayout, stored_dtype
 from zoo import Checkpoint, TensorSpec, Verdict
-from zoo.heads import head
 from zoo.preflight import parameters
+from zoo.reading.heads import head
 
 
 @dataclass(frozen=True)

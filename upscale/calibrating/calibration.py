@@ -15,7 +15,7 @@ from upscale.config import CalibrateConfig, recipe
 from upscale.errors import ConfigError, TaskError
 from upscale.loading import load, load_tokenizer
 from upscale.runtime.routing_upscaled import BASE
-from zoo.amend import discard
+from zoo.writing.amend import discard
 
 Progress = Callable[[int, int, str], None]  # texts done, texts in all, what is being done
 _NONE = {"type": "projection", "rank": 1, "top_k": 1}  # the router that is there counts for nothing, even if broken

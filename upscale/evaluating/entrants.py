@@ -13,7 +13,7 @@ from upscale.evaluating.tasks import Task
 from upscale.loading import locate, read_config, require_expert
 from upscale.merging.merging import merge
 from zoo import Checkpoint, CheckpointError, Group, check
-from zoo.files import companions
+from zoo.reading.companions import companions
 
 MERGES = {"average": "average", "task arithmetic": "task-arithmetic", "TIES": "ties"}  # shown, called
 ORACLE = ", right expert forced"  # what the second name of an upscaled model ends in

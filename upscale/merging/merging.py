@@ -11,9 +11,9 @@ from torch import Tensor
 from upscale.errors import ConfigError
 from upscale.merging.ties import elect, thresholds
 from zoo import Group, Verdict, Writer, check
-from zoo.files import companions
-from zoo.heads import head
 from zoo.preflight import parameters
+from zoo.reading.companions import companions
+from zoo.reading.heads import head
 
 METHODS = ("average", "task-arithmetic", "ties")
 SCALING = {"task-arithmetic": 0.3, "ties": 1.0}  # the papers' own, of task arithmetic for eight tasks

@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from zoo.checkpoint import INDEX
 from zoo.errors import OutputError
-from zoo.part import part_bytes, part_file
+from zoo.reading.checkpoint import INDEX
+from zoo.writing.part import part_bytes, part_file
 
 
 def amend(

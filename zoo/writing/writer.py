@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 import torch
 
-from zoo.checkpoint import DTYPES, INDEX, SINGLE, TensorSpec
 from zoo.errors import OutputError
-from zoo.part import part_bytes, part_file
+from zoo.reading.checkpoint import DTYPES, INDEX, SINGLE, TensorSpec
+from zoo.writing.part import part_bytes, part_file
 
 SHARD_SIZE = 5_000_000_000  # bytes; the Hub's own default
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from zoo.checkpoint import Checkpoint, TensorInfo
+from zoo.reading.checkpoint import Checkpoint, TensorInfo
 
 _CLASSIFIER = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Regression)$")
 _HEAD = re.compile(r"(\w*classifier|classification_head|score|qa_outputs|logits_proj|sequence_summary)\.")

@@ -1,0 +1,1 @@
+"""Write checkpoints: streaming, atomic, the same bytes each time."""
