@@ -1,7 +1,7 @@
 """The build loop: read one tensor from the base and every expert, hand the deltas to the method, write."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +12,13 @@ import yaml
 from torch import Tensor
 
 from upscale.building.card import card
+from upscale.building.deltas import norm_tensors, rest_tensor, upscaled_linear
 from upscale.building.methods import Method
 from upscale.building.methods import smile as smile_method
 from upscale.building.methods import wemoe as wemoe_method
 from upscale.building.plan import Plan, make_plan
-from upscale.building.report import ModuleReport, Report, RestReport
-from upscale.building.skeleton import Linear, Norm
-from upscale.building.vectors import UpscaledLinear
+from upscale.building.report import ModuleReport, Report
+from upscale.building.skeleton import Linear
 from upscale.config import BuildConfig, SmileConfig, WemoeConfig, recipe
 from upscale.errors import NonFiniteError
 from upscale.router_file import PART, named
@@ -104,7 +104,7 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
             writer.write(name, _cast(name, tensor, plan.declared[name].dtype))
 
         for name in plan.rest:
-            tensor, report = _rest(plan, name)
+            tensor, report = rest_tensor(plan, name)
             put(name, tensor)
             if any(report.norms.values()):
                 rest_reports.append(report)
@@ -113,7 +113,7 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
             for name in (norm.weight, norm.bias):
                 if name is not None:
                     put(name, plan.base.read(name))
-            changes, reports = _norm(plan, norm)
+            changes, reports = norm_tensors(plan, norm)
             rest_reports += reports
             if changes is not None:
                 modules[norm.name] = plan.layouts[norm.name]
@@ -123,7 +123,7 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
             own = [name for name in (linear.weight, linear.bias) if name is not None and name not in plan.rest]
             for name in own:
                 put(name, plan.base.read(name))
-            upscaled = _upscale(plan, linear)
+            upscaled = upscaled_linear(plan, linear)
             if upscaled is not None:
                 modules[linear.name] = upscaled.layout
                 for tensor, value in upscaled.tensors.items():
@@ -166,97 +166,12 @@ def _nbytes(plan: Plan, linear: Linear) -> int:
     return plan.base.tensors[linear.weight].nbytes
 
 
-def _read(model: Checkpoint, name: str, device: str) -> Tensor:
-    return model.read(name).to(device).float()
-
-
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in the format it is written in, which must hold it: float16 ends at 65504."""
     cast = tensor.to(dtype)
     if dtype == torch.float16 and tensor.dtype != dtype and not cast.isfinite().all():
         raise NonFiniteError(f"tensor {name} has values that float16 cannot hold; use --dtype bfloat16 or float32")
     return cast
-
-
-def _delta(plan: Plan, expert: str, name: str, origin: Tensor) -> Tensor:
-    """float32 delta of an expert's tensor, on the build's device; checks that it is finite."""
-    delta = _read(plan.experts[expert], name, plan.config.device).sub_(origin)
-    if not float(torch.linalg.vector_norm(delta)) < float("inf"):
-        who = f"expert {expert}" if origin.isfinite().all() else "base"
-        raise NonFiniteError(f"{who}: tensor {name} has NaN or infinite values; is the download complete?")
-    return delta
-
-
-def _rest(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
-    """The tensor to write for a parameter that is not upscaled, and what each expert loses by it."""
-    source = plan.base.read(name)
-    if not source.is_floating_point():
-        return source, RestReport(name, {}, {})
-    base = source.to(plan.config.device).float()
-    norms: dict[str, float] = {}
-
-    def deltas() -> Iterator[Tensor]:
-        for expert in plan.experts:
-            delta = _delta(plan, expert, name, base)
-            norms[expert] = float(torch.linalg.vector_norm(delta))
-            yield delta
-
-    if plan.merging is None:
-        for _ in deltas():
-            pass
-        return source, RestReport(name, norms, norms)
-    merged = plan.merging(base, deltas())
-    if not any(norms.values()):
-        return source, RestReport(name, norms, norms)
-    left = {e: float(torch.linalg.vector_norm(_delta(plan, e, name, merged))) for e in plan.experts}
-    return merged, RestReport(name, norms, left)
-
-
-def _norm(plan: Plan, norm: Norm) -> tuple[dict[str, Tensor] | None, list[RestReport]]:
-    """The experts' tensors of a norm, None if none changed it, and what is lost: deltas of gains of about 0."""
-    experts = list(plan.experts)
-    weight = _read(plan.base, norm.weight, plan.config.device)
-    deltas = torch.stack([_delta(plan, expert, norm.weight, weight) for expert in experts])
-    scale = deltas / (norm.offset + weight)
-    held = scale.isfinite()
-    scale, lost = torch.where(held, scale, 0.0), torch.where(held, 0.0, deltas)
-    reports = [RestReport(norm.weight, _norms(experts, deltas), _norms(experts, lost))]
-    kept = {"scale": scale}
-    if norm.bias is not None:
-        bias = _read(plan.base, norm.bias, plan.config.device)
-        shifts = torch.stack([_delta(plan, expert, norm.bias, bias) for expert in experts])
-        reports.append(RestReport(norm.bias, _norms(experts, shifts), dict.fromkeys(experts, 0.0)))
-        kept["shift"] = shifts - bias * scale
-    changed = [report for report in reports if any(report.norms.values())]
-    return (kept if changed else None), changed
-
-
-def _norms(experts: Sequence[str], rows: Tensor) -> dict[str, float]:
-    return dict(zip(experts, torch.linalg.vector_norm(rows, dim=1).tolist(), strict=True))
-
-
-def _upscale(plan: Plan, linear: Linear) -> UpscaledLinear | None:
-    """Hand the deltas of one linear to the method; None if it stays plain."""
-    origin = _origin(plan, linear)
-
-    def deltas() -> Iterator[tuple[str, Tensor]]:  # one at a time: each is as large as the linear in float32
-        for expert in plan.experts:
-            delta = _delta(plan, expert, linear.weight, origin)
-            yield expert, delta.mT if linear.transposed else delta
-
-    bias_deltas = None
-    if linear.bias is not None:
-        base = _read(plan.base, linear.bias, plan.config.device)
-        bias_deltas = {expert: _delta(plan, expert, linear.bias, base) for expert in plan.experts}
-    return plan.method.upscale_linear(linear, deltas(), bias_deltas, plan.layouts[linear.name].ranks, plan.config)
-
-
-def _origin(plan: Plan, linear: Linear) -> Tensor:
-    """The weight that is written for the base: a tied head shares its tensor with embeddings that may be averaged."""
-    if linear.weight not in plan.rest:
-        return _read(plan.base, linear.weight, plan.config.device)
-    written = _rest(plan, linear.weight)[0].to(plan.declared[linear.weight].dtype)
-    return written.to(plan.config.device).float()
 
 
 def _config(plan: Plan, layout: Layout) -> dict:
