@@ -4,13 +4,14 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.architectures import TABLE, Architecture
+from tests.hub import Hub, running_hub
 from upscale import smile, wemoe
 from zoo import Group
 from zoo.demo.tokenizer import save_tokenizer
@@ -83,3 +84,10 @@ def wemoes(groups, tmp_path_factory):
         return made[key]
 
     return build
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[Hub]:
+    """A Hub on the loopback, for clients in processes of their own (``hub.environment``)."""
+    with running_hub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
