@@ -9,6 +9,14 @@ class SourceError(ZooError):
     """A model cannot be found or fetched."""
 
 
+class HubError(SourceError):
+    """The Hub has not what is asked for, does not grant it, or cannot be reached."""
+
+
+class LicenceError(ZooError):
+    """The licence of a model made of several cannot be told from theirs; lists them."""
+
+
 class CheckpointError(ZooError):
     """A directory is no usable checkpoint: a missing or damaged file, or weights in a format that is not read."""
 
