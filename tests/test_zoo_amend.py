@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zoo import Checkpoint, OutputError
-from zoo.reading.checkpoint import INDEX
+from zoo.reading.shards import INDEX
 from zoo.writing.amend import amend, discard
 from zoo.writing.part import content_key
 

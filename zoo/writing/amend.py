@@ -1,6 +1,5 @@
 """Change a small part of a finished checkpoint in place: a file of tensors and ``config.json``, all or nothing."""
 
-import fcntl
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -11,7 +10,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from zoo.errors import OutputError
-from zoo.reading.checkpoint import INDEX
+from zoo.reading.shards import INDEX
+from zoo.writing.checksums import CHECKSUMS, amended
+from zoo.writing.lock import hold
 from zoo.writing.part import part_bytes, part_file
 
 
@@ -28,7 +29,7 @@ def amend(
         part: what the file's name begins with.
         tensors: its content; give them names that change with their values, see ``content_key``.
         config: the new ``config.json``.
-        files: further files, written after it.
+        files: further files, written after it; ``checksums.json`` follows them.
 
     Raises:
         OutputError: the directory cannot be written, or another process writes it.
@@ -48,6 +49,8 @@ def amend(
             _put(directory / "config.json", json.dumps(config, indent=2).encode() + b"\n")
             for name, content in files.items():
                 _put(directory / name, content)
+            if (sums := directory / CHECKSUMS).is_file():
+                _put(sums, amended(sums.read_bytes(), files))
             gone = [path for path in old if path != new or not tensors]
             if index.is_file():
                 _list(index, {}, [path.name for path in gone])
@@ -80,12 +83,12 @@ def discard(directory: str | Path, part: str) -> None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    lock = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        lock = hold(directory)
     except BlockingIOError as error:
         raise OutputError(f"{directory}: another process is writing it; wait for it") from error
+    try:
+        yield
     finally:
         os.close(lock)
 

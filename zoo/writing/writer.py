@@ -1,114 +1,78 @@
-"""Write a checkpoint: streaming, deterministic and atomic. Nothing is there until all of it is."""
+"""Write a checkpoint: streaming, deterministic, atomic and resumable. Nothing is there until all of it is."""
 
 import errno
-import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any
 
 import torch
 
 from zoo.errors import OutputError
-from zoo.reading.checkpoint import DTYPES, INDEX, SINGLE, TensorSpec
+from zoo.reading.model import TensorSpec
+from zoo.reading.shards import INDEX, SINGLE
+from zoo.writing.checksums import CHECKSUMS, checksums
+from zoo.writing.journal import Journal, Step, Written
 from zoo.writing.part import part_bytes, part_file
+from zoo.writing.place import Place
+from zoo.writing.shard import Shard
 
 SHARD_SIZE = 5_000_000_000  # bytes; the Hub's own default
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class _Shard:
-    """One safetensors file, written as its tensors come.
-
-    The header precedes the data but is known last, so its place is reserved: it is never longer than the header of
-    the declared shapes, and the format allows spaces after it.
-    """
-
-    def __init__(self, path: Path, declared: Mapping[str, TensorSpec]):
-        self.path, self.entries, self.end = path, {}, 0
-        total = sum(spec.nbytes for spec in declared.values())
-        longest = {name: _entry(spec.dtype, spec.shape, total, total) for name, spec in declared.items()}
-        self.reserved = -(-len(_header(longest)) // 8) * 8
-        self.file: BinaryIO = path.open("wb")
-        self.file.seek(8 + self.reserved)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self.entries[name] = _entry(tensor.dtype, tensor.shape, self.end, self.end + data.nbytes)
-        self.file.write(data.data)
-        self.end += data.nbytes
-
-    def close(self) -> None:
-        self.file.seek(0)
-        self.file.write(self.reserved.to_bytes(8, "little") + _header(self.entries).ljust(self.reserved))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-
-def _entry(dtype: torch.dtype, shape, start: int, end: int) -> dict:
-    return {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-
-
-def _header(entries: Mapping[str, dict]) -> bytes:
-    return json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
 
 
 class Writer:
-    """A checkpoint in the making, in a hidden directory beside ``out`` that ``commit`` renames to ``out``.
+    """A checkpoint in the making, in a hidden directory beside ``out``, put in its place by ``commit``.
 
     Use as a context manager: leaving it without ``commit`` removes everything. After a kill the hidden directory is
-    left; it has no ``config.json``, so nothing loads it, and the next Writer for the same ``out`` clears it.
+    left; it has no ``config.json``, so nothing loads it. The next Writer for the same ``out`` clears it or, with the
+    same ``fingerprint``, takes the steps that were finished for ``done``, if their bytes are still what was written.
 
     Args:
         out: the directory to make; must not exist.
         declared: every tensor that may be written, with its dtype and largest shape.
         shard_size: largest size of a shard's data in bytes; a larger single tensor has a shard of its own.
+        fingerprint: of everything that decides the bytes; None: nothing is resumed.
+        replace: ``out`` is a checkpoint, whose place the new one takes in one step. It must not be written meanwhile.
 
     Raises:
-        OutputError: ``out`` exists, its parent cannot be written, another process builds it, or the disk has no room.
+        OutputError: ``out`` exists (with ``replace``: does not), its parent cannot be written, another process writes
+            it, or the disk has no room.
     """
 
-    def __init__(self, out: str | Path, declared: Mapping[str, TensorSpec], *, shard_size: int = SHARD_SIZE):
-        self.out = Path(out).absolute()
-        if os.path.lexists(self.out):
-            raise OutputError(f"{out}: exists already; choose another directory or remove it")
-        self.work = self.out.with_name(f".{self.out.name}.partial")
+    def __init__(
+        self,
+        out: str | Path,
+        declared: Mapping[str, TensorSpec],
+        *,
+        shard_size: int = SHARD_SIZE,
+        fingerprint: str | None = None,
+        replace: bool = False,
+    ):
+        self._at = Place(out, replace=replace)
+        self.out, self.work = self._at.out, self._at.work
         self.declared = dict(declared)
-        self._opened: dict[int, _Shard] = {}
-        self._made: list[Path] = []  # parents that were not there
-        self._lock = self._claim()
+        self._opened: dict[int, Shard] = {}
+        self._digests: dict[str, Future[str]] = {}
+        self._unfinished: list[str] = []  # tensors of no step yet
+        self._noted: Future[None] | None = None  # the last step
+        self._records: dict[str, Any] = {}
+        self._pool = ThreadPoolExecutor(max_workers=1)  # hashes while the next tensors are made
         try:
-            needed = sum(spec.nbytes for spec in self.declared.values())
+            self.shards = self._allot(shard_size)
+            self._number = {name: number for number, shard in enumerate(self.shards) for name in shard}
+            self._journal = self._resumed(fingerprint, shard_size)
+            needed = sum(spec.nbytes for spec in self.declared.values()) - self.nbytes
             if needed > (free := shutil.disk_usage(self.work).free):
                 raise OutputError(f"{out}: no space left: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
-            self.shards = self._allot(shard_size)
         except BaseException:
-            self._abandon()
+            self._leave()
             raise
-
-    def _claim(self) -> int:
-        try:
-            self._made = [parent for parent in self.work.parents if not parent.exists()]
-            self.work.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.work, os.O_RDONLY)
-        except OSError as error:
-            self._remove_parents()
-            raise OutputError(f"{self.out}: cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock), self.work.stat()):  # renamed since by the one who held the lock
-                raise BlockingIOError
-        except OSError as error:
-            os.close(lock)
-            raise OutputError(f"{self.out}: another process is building it; wait for it or choose another") from error
-        for left in self.work.iterdir():  # of a run that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        return lock
 
     def _allot(self, shard_size: int) -> list[dict[str, TensorSpec]]:
         """Declared tensors by shard, in order. Item sizes do not mix in a shard, so that all data are aligned."""
@@ -125,6 +89,34 @@ class Writer:
                 size += spec.nbytes
         return shards
 
+    def _resumed(self, fingerprint: str | None, shard_size: int) -> Journal:
+        """The journal of this work; what an equal one that was killed finished is taken up, all else is cleared."""
+        declared = {name: [str(spec.dtype), list(spec.shape)] for name, spec in self.declared.items()}
+        key = hashlib.sha256(json.dumps([fingerprint, shard_size, declared]).encode()).hexdigest()
+        path = self.work / "journal.jsonl"
+        if fingerprint is None:
+            path.unlink(missing_ok=True)
+        journal = Journal(path, key)
+        written = {number for step in journal.found for number in _numbers(step)}
+        for number, name in _names(written).items():  # killed in ``commit``
+            if (self._at.whole / name).is_file():
+                (self._at.whole / name).rename(self._place(number))
+        self._at.clear(keep=[path, *map(self._place, written)])
+        for count, step in enumerate(journal.found):
+            if not all(self._shard(t.shard).digest(t.entry) == t.digest for t in step.tensors.values()):
+                journal.keep(count)
+                break
+            for name, tensor in step.tensors.items():
+                self._shard(tensor.shard).readmit(name, tensor.entry)
+                self._digests[name] = Future()
+                self._digests[name].set_result(tensor.digest)
+            self._records[step.name] = step.record
+        return journal
+
+    def done(self, step: str) -> Any:
+        """The record of a step that a killed process finished, whose tensors need not be written; else None."""
+        return self._records.get(step)
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append one declared tensor, any device, no larger than declared.
 
@@ -132,10 +124,9 @@ class Writer:
             OutputError: the disk is full.
             ValueError: not declared, written before, another dtype, or larger than declared (a bug in the caller).
         """
-        number = next((n for n, shard in enumerate(self.shards) if name in shard), None)
-        if number is None:
+        if name not in self.declared:
             raise ValueError(f"{name}: not declared")
-        if number in self._opened and name in self._opened[number].entries:
+        if name in self._digests:
             raise ValueError(f"{name}: written before")
         spec = self.declared[name]
         if tensor.dtype != spec.dtype or len(tensor.shape) != len(spec.shape):
@@ -143,9 +134,39 @@ class Writer:
         if any(size > most for size, most in zip(tensor.shape, spec.shape, strict=True)):
             raise ValueError(f"{name}: declared {spec}, got {tuple(tensor.shape)}")
         try:
-            if number not in self._opened:
-                self._opened[number] = _Shard(self.work / f"{number}.safetensors", self.shards[number])
-            self._opened[number].write(name, tensor)
+            shard = self._shard(self._number[name])
+            entry = shard.write(name, tensor)
+        except OSError as error:
+            raise self._full(error) from error
+        self._digests[name] = self._pool.submit(shard.digest, entry)
+        self._unfinished.append(name)
+
+    def finish(self, step: str, record: Any) -> None:
+        """Note that all tensors written since the last step are one step, not to be done again after a kill.
+
+        Args:
+            step: its name; ``done`` is asked for it.
+            record: plain JSON values that ``done`` gives back; not None.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        names, self._unfinished = self._unfinished, []
+        self._settle()
+        self._noted = self._pool.submit(self._note, step, names, record)
+
+    def _note(self, step: str, names: list[str], record: Any) -> None:
+        tensors = {}
+        for name in names:
+            number = self._number[name]
+            tensors[name] = Written(number, self._opened[number].entries[name], self._digests[name].result())
+        self._journal.append(Step(step, tensors, record))
+
+    def _settle(self) -> None:
+        """Wait for the step before."""
+        try:
+            if self._noted is not None:
+                self._noted.result()
         except OSError as error:
             raise self._full(error) from error
 
@@ -155,45 +176,57 @@ class Writer:
         files: Mapping[str, bytes | Path],
         parts: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     ) -> None:
-        """Finish the shards, add ``files`` (bytes, or paths to copy), write ``config.json`` last, rename to ``out``.
+        """Finish the shards, add ``files`` and ``checksums.json``, write ``config.json`` last, put it all at ``out``.
 
-        ``parts`` are small files of tensors beside the shards, by what their names begin with, as ``amend`` makes them.
+        Args:
+            config: ``config.json``.
+            files: bytes, or paths to copy.
+            parts: small files of tensors beside the shards, by what their names begin with, as ``amend`` makes them.
 
         Raises:
             OutputError: the disk is full, or ``out`` was made meanwhile.
         """
+        self._settle()
         try:
-            weight_map, total = {}, 0
-            shards = [shard for _, shard in sorted(self._opened.items())]
-            for number, shard in enumerate(shards, start=1):
+            digests = {name: digest.result() for name, digest in self._digests.items()}
+            self._at.whole.mkdir(exist_ok=True)
+            weight_map: dict[str, str] = {}
+            for number, name in _names(self._opened).items():
+                shard = self._opened[number]
                 shard.close()
-                name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                shard.path.rename(self.work / name)
+                shard.path.rename(self._at.whole / name)
                 weight_map |= dict.fromkeys(shard.entries, name)
-                total += shard.end
             for part, tensors in (parts or {}).items():
                 file = part_file(part, tensors)
                 self._put(file, part_bytes(tensors))
                 weight_map |= dict.fromkeys(tensors, file)
-            if len(shards) > 1:
-                index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            if len(self._opened) > 1:
+                index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
                 self._put(INDEX, json.dumps(index, indent=2).encode() + b"\n")
-            for name, content in files.items():
-                self._put(name, content.read_bytes() if isinstance(content, Path) else content)
+            contents = {name: c.read_bytes() if isinstance(c, Path) else c for name, c in files.items()}
+            for name, content in {**contents, CHECKSUMS: checksums(digests, contents)}.items():
+                self._put(name, content)
             self._put("config.json", json.dumps(config, indent=2).encode() + b"\n")
-            os.fsync(self._lock)
-            self.work.rename(self.out)
-            os.close(self._lock)
+            self._at.publish()
         except OSError as error:
             raise self._full(error) from error
+        self._leave()
 
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data written so far."""
         return sum(shard.end for shard in self._opened.values())
 
+    def _shard(self, number: int) -> Shard:
+        if number not in self._opened:
+            self._opened[number] = Shard(self._place(number), self.shards[number])
+        return self._opened[number]
+
+    def _place(self, number: int) -> Path:
+        return self.work / f"{number}.safetensors"
+
     def _put(self, name: str, content: bytes) -> None:
-        path = self.work / name
+        path = self._at.whole / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             file.write(content)
@@ -205,22 +238,30 @@ class Writer:
             return OutputError(f"{self.out}: no space left; free some or choose another disk")
         return OutputError(f"{self.out}: cannot be written: {error.strerror}")
 
-    def _abandon(self) -> None:
+    def _leave(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
         for shard in self._opened.values():
             with suppress(OSError):  # the disk may be full
-                shard.file.close()
-        shutil.rmtree(self.work, ignore_errors=True)
-        self._remove_parents()
-        os.close(self._lock)
-
-    def _remove_parents(self) -> None:
-        for parent in self._made:
-            with suppress(OSError):  # not made after all, or another process writes there too
-                parent.rmdir()
+                shard.abandon()
+        self._at.leave()
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if self.work.exists():
-            self._abandon()
+        if self._at.held:
+            self._leave()
+
+
+def _numbers(step: Step) -> set[int]:
+    return {tensor.shard for tensor in step.tensors.values()}
+
+
+def _names(numbers: Collection[int]) -> dict[int, str]:
+    """What shards are called in the end, by their numbers."""
+    if len(numbers) == 1:
+        return dict.fromkeys(numbers, SINGLE)
+    return {
+        number: f"model-{place:05d}-of-{len(numbers):05d}.safetensors"
+        for place, number in enumerate(sorted(numbers), start=1)
+    }

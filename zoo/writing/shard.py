@@ -1,0 +1,97 @@
+"""One safetensors file of a checkpoint, written as its tensors come."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from zoo.reading.model import TensorSpec
+from zoo.reading.shards import DTYPES
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BLOCK = 1 << 20  # bytes read at once: what is hashed takes no memory
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a shard's header.
+
+    Attributes:
+        dtype: as safetensors names it.
+        shape: of the tensor.
+        start, end: where its bytes lie in the shard's data.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def header(self) -> dict:
+        """As the format has it."""
+        return {"dtype": self.dtype, "shape": list(self.shape), "data_offsets": [self.start, self.end]}
+
+
+class Shard:
+    """A file in the making, new or left by a process that was killed; then ``readmit`` what is whole before ``write``.
+
+    The header precedes the data but is known last, so its place is reserved: it is never longer than the header of
+    the declared shapes, and the format allows spaces after it.
+    """
+
+    def __init__(self, path: Path, declared: Mapping[str, TensorSpec]):
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        self.end = 0
+        total = sum(spec.nbytes for spec in declared.values())
+        longest = {name: Entry(_NAMES[s.dtype], s.shape, total, total) for name, s in declared.items()}
+        self._reserved = -(-len(_header(longest)) // 8) * 8
+        self._file = path.open("r+b" if path.is_file() else "w+b")
+
+    def readmit(self, name: str, entry: Entry) -> None:
+        """Take a tensor for written, whose bytes were found whole by their ``digest``; in the order of their places."""
+        self.entries[name], self.end = entry, entry.end
+
+    def write(self, name: str, tensor: torch.Tensor) -> Entry:
+        """Append a tensor of any device. Raises OSError: the disk is full."""
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        entry = Entry(_NAMES[tensor.dtype], tuple(tensor.shape), self.end, self.end + data.nbytes)
+        self._file.seek(self._place(entry.start))
+        self._file.write(data.data)
+        self._file.flush()
+        self.entries[name], self.end = entry, entry.end
+        return entry
+
+    def digest(self, entry: Entry) -> str:
+        """SHA-256 of the bytes of a tensor as they are in the file; may run beside ``write``."""
+        digest, place, end = hashlib.sha256(), self._place(entry.start), self._place(entry.end)
+        while block := os.pread(self._file.fileno(), min(_BLOCK, end - place), place):
+            digest.update(block)
+            place += len(block)
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Write the header, and everything to the disk."""
+        header = _header(self.entries).ljust(self._reserved)
+        self._file.truncate(self._place(self.end))
+        self._file.seek(0)
+        self._file.write(self._reserved.to_bytes(8, "little") + header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        self._file.close()
+
+    def _place(self, offset: int) -> int:
+        return 8 + self._reserved + offset
+
+
+def _header(entries: Mapping[str, Entry]) -> bytes:
+    tensors = {name: entry.header() for name, entry in entries.items()}
+    return json.dumps({"__metadata__": {"format": "pt"}, **tensors}, separators=(",", ":")).encode()
