@@ -68,7 +68,7 @@ def make(config, weight_deltas, bias_deltas=None, conv=False, base_bias=True, dt
     named_biases = None if bias_deltas is None else dict(zip(names, bias_deltas, strict=True))
     whole = Linear("linear", "linear.weight", "linear.bias", I, O, transposed=conv, head=False)
     given = zip(names, weight_deltas, strict=True)
-    upscaled = upscale_linear(whole, given, named_biases, (config.rank,) * len(names), config)
+    upscaled = upscale_linear(whole, given, named_biases, (config.rank,) * len(names), range(len(names)), config)
     model = Model(linear).to(dtype)
     model.routing = inject(
         model, Layout("smile", names, router(Skeleton((), (), ()), {}, config)[0], {"linear": upscaled.layout})

@@ -1,8 +1,8 @@
 """The build loop: read one tensor from the base and every expert, hand the deltas to the method, write."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from upscale.runtime.architecture_upscaled import autos_of
 from upscale.runtime.layout_upscaled import LINEAR, Layout, ModuleLayout
 from upscale.runtime.modeling_upscaled import upscaled_config
 from zoo import Checkpoint, Group, Source, Writer, check
-from zoo.reading.companions import companions
 from zoo.reading.heads import labels
 
 Progress = Callable[[int, int, str], None]  # bytes of the base done, bytes in all, what is being done
@@ -81,7 +80,35 @@ def _made(
 
 
 def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | None = None) -> Report:
-    """Carry out a plan: the one loop for every method. Nothing is left in ``out`` unless all of it succeeds.
+    """Carry out a plan for the models of a group. Nothing is left in ``out`` unless all of it succeeds.
+
+    Raises:
+        OutputError: see ``zoo.Writer``.
+        NonFiniteError: NaN or infinity in a source, with tensor and expert.
+    """
+    return write(plan, _recipe(plan, group), out, progress=progress)
+
+
+def write(
+    plan: Plan,
+    made: Mapping,
+    out: str | Path,
+    *,
+    router: tuple[Mapping, Mapping[str, Tensor]] | None = None,
+    files: Mapping[str, bytes | Path] | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write what is planned: the one loop for every method, and for what experts are added to or removed from.
+
+    Args:
+        plan: what to do.
+        made: the recipe, for ``upscale.yaml``.
+        out: directory to make.
+        router: its settings and tensors; None: those that the method begins with.
+        files: further files to put into ``out``.
+        replace: ``out`` is there, and is exchanged for the new one.
+        progress: called after each step with (bytes done, bytes in all, name).
 
     Raises:
         OutputError: see ``zoo.Writer``.
@@ -145,20 +172,20 @@ def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | Non
                     put(name, plan.base.read(name))
         for head, embedding in plan.tied.items():
             if embedding in modules:
-                modules[head] = replace(modules[embedding], kind=LINEAR, tied=embedding)
-        router, values = plan.method.router(plan.skeleton, modules, plan.config)
-        router, tensors = named(router, values)
+                modules[head] = dataclasses.replace(modules[embedding], kind=LINEAR, tied=embedding)
+        settings, tensors = named(*(router or plan.method.router(plan.skeleton, modules, plan.config)))
         classes = {expert: labels(plan.experts[expert]) for expert in plan.heads}
-        layout = Layout(plan.method.NAME, tuple(plan.experts), router, modules, plan.heads, classes)
+        layout = Layout(plan.method.NAME, tuple(plan.experts), settings, modules, plan.heads, classes)
         report = Report(
             plan.method.NAME,
             module_reports,
             rest_reports,
             plan.base_bytes,
-            plan.group_bytes,
-            writer.nbytes + plan.router_bytes,
+            plan.expert_bytes,
+            writer.nbytes + sum(tensor.nbytes for tensor in tensors.values()),
         )
-        writer.commit(_config(plan, layout), _files(plan, group, report), {PART: tensors} if tensors else {})
+        all_files = {**_files(plan, made, report), **(files or {})}
+        writer.commit(_config(plan, layout), all_files, {PART: tensors} if tensors else {})
     return report
 
 
@@ -188,18 +215,22 @@ def _pinned(source: Source, model: Checkpoint) -> str:
     return source.location if source.is_local else f"{source.location}@{model.path.name}"
 
 
-def _files(plan: Plan, group: Group, report: Report) -> Mapping[str, bytes | Path]:
-    made = {
+def _recipe(plan: Plan, group: Group) -> dict:
+    return {
         "upscale_zoo": version("upscale-zoo"),
         "method": plan.method.NAME,
         "base": _pinned(group.base, plan.base),
         "experts": {name: _pinned(source, plan.experts[name]) for name, source in group.experts.items()},
         "config": recipe(plan.config),
     }
+
+
+def _files(plan: Plan, made: Mapping, report: Report) -> Mapping[str, bytes | Path]:
+    sources = Group(Source(made["base"]), {name: Source(text) for name, text in made["experts"].items()})
     return {
-        **companions(plan.base.path),
+        **plan.base.companions,
         **runtime_files(),
-        "upscale.yaml": yaml.safe_dump(made, sort_keys=False).encode(),
+        "upscale.yaml": yaml.safe_dump(dict(made), sort_keys=False).encode(),
         "report.json": json.dumps(report.to_json(), indent=1).encode() + b"\n",
-        "README.md": card(group, report, plan.method.SUMMARY, autos_of(plan.base.config)[0]).encode(),
+        "README.md": card(sources, report, plan.method.SUMMARY, autos_of(plan.base.config)[0]).encode(),
     }

@@ -1,13 +1,16 @@
 """What a build writes for a tensor, a norm or a linear: from the base's weights and the experts' deltas, in float32."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from upscale.building.linalg import LowRank
 from upscale.building.plan import Plan
 from upscale.building.report import RestReport
 from upscale.building.skeleton import Linear, Norm
+from upscale.building.stored_expert import StoredExpert
 from upscale.building.vectors import UpscaledLinear
 from upscale.errors import NonFiniteError
 from zoo import Checkpoint
@@ -37,8 +40,11 @@ def rest_tensor(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
             yield delta
 
     if plan.merging is None:
-        for _ in deltas():
-            pass
+        for expert, model in plan.experts.items():
+            if isinstance(model, StoredExpert):
+                norms[expert] = model.measured(name)[0]
+            else:
+                norms[expert] = float(torch.linalg.vector_norm(_delta(plan, expert, name, base)))
         return source, RestReport(name, norms, norms)
     merged = plan.merging(base, deltas())
     if not any(norms.values()):
@@ -49,41 +55,71 @@ def rest_tensor(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
 
 def norm_tensors(plan: Plan, norm: Norm) -> tuple[dict[str, Tensor] | None, list[RestReport]]:
     """The experts' tensors of a norm, None if none changed it, and what is lost: deltas of gains of about 0."""
-    experts = list(plan.experts)
-    weight = _read(plan.base, norm.weight, plan.config.device)
-    deltas = torch.stack([_delta(plan, expert, norm.weight, weight) for expert in experts])
-    scale = deltas / (norm.offset + weight)
-    held = scale.isfinite()
-    scale, lost = torch.where(held, scale, 0.0), torch.where(held, 0.0, deltas)
-    reports = [RestReport(norm.weight, _norms(experts, deltas), _norms(experts, lost))]
-    kept = {"scale": scale}
+    found = {expert: _change(plan, expert, norm) for expert in plan.experts}
+    kept = {"scale": torch.stack([change.scale for change in found.values()])}
+    reports = [_report(norm.weight, {expert: change.weight for expert, change in found.items()})]
     if norm.bias is not None:
-        bias = _read(plan.base, norm.bias, plan.config.device)
-        shifts = torch.stack([_delta(plan, expert, norm.bias, bias) for expert in experts])
-        reports.append(RestReport(norm.bias, _norms(experts, shifts), dict.fromkeys(experts, 0.0)))
-        kept["shift"] = shifts - bias * scale
+        kept["shift"] = torch.stack([change.shift for change in found.values()])
+        reports.append(_report(norm.bias, {expert: change.bias for expert, change in found.items()}))
     changed = [report for report in reports if any(report.norms.values())]
     return (kept if changed else None), changed
 
 
-def _norms(experts: Sequence[str], rows: Tensor) -> dict[str, float]:
-    return dict(zip(experts, torch.linalg.vector_norm(rows, dim=1).tolist(), strict=True))
+@dataclass(frozen=True)
+class _Change:
+    """What an expert does to a norm: scale and shift of its output [d]; of weight and bias, the norms of their deltas
+    and of what is lost of them.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    weight: tuple[float, float]
+    bias: tuple[float, float]
+
+
+def _change(plan: Plan, expert: str, norm: Norm) -> _Change:
+    model = plan.experts[expert]
+    if isinstance(model, StoredExpert):
+        scale, shift = (change.to(plan.config.device) for change in model.change(norm))
+        return _Change(scale, shift, model.measured(norm.weight), model.measured(norm.bias or ""))
+    weight = _read(plan.base, norm.weight, plan.config.device)
+    delta = _delta(plan, expert, norm.weight, weight)
+    scale = delta / (norm.offset + weight)
+    held = scale.isfinite()
+    scale, lost = torch.where(held, scale, 0.0), torch.where(held, 0.0, delta)
+    norms = float(torch.linalg.vector_norm(delta)), float(torch.linalg.vector_norm(lost))
+    if norm.bias is None:
+        return _Change(scale, torch.zeros_like(scale), norms, (0.0, 0.0))
+    bias = _read(plan.base, norm.bias, plan.config.device)
+    moved = _delta(plan, expert, norm.bias, bias)
+    return _Change(scale, moved - bias * scale, norms, (float(torch.linalg.vector_norm(moved)), 0.0))
+
+
+def _report(tensor: str, norms: Mapping[str, tuple[float, float]]) -> RestReport:
+    return RestReport(tensor, {e: norm for e, (norm, _) in norms.items()}, {e: lost for e, (_, lost) in norms.items()})
 
 
 def upscaled_linear(plan: Plan, linear: Linear) -> UpscaledLinear | None:
     """Hand the deltas of one linear to the method; None if it stays plain."""
     origin = _origin(plan, linear)
 
-    def deltas() -> Iterator[tuple[str, Tensor]]:  # one at a time: each is as large as the linear in float32
-        for expert in plan.experts:
+    def deltas() -> Iterator[tuple[str, Tensor | LowRank]]:  # one at a time: each is as large as the linear in float32
+        for expert, model in plan.experts.items():
+            if isinstance(model, StoredExpert):
+                yield expert, model.factors(linear).to(plan.config.device)
+                continue
             delta = _delta(plan, expert, linear.weight, origin)
             yield expert, delta.mT if linear.transposed else delta
 
     bias_deltas = None
-    if linear.bias is not None:
-        base = _read(plan.base, linear.bias, plan.config.device)
-        bias_deltas = {expert: _delta(plan, expert, linear.bias, base) for expert in plan.experts}
-    return plan.method.upscale_linear(linear, deltas(), bias_deltas, plan.layouts[linear.name].ranks, plan.config)
+    if (name := linear.bias) is not None:
+        base = _read(plan.base, name, plan.config.device)
+        bias_deltas = {
+            expert: model.bias(linear).to(base) if isinstance(model, StoredExpert) else _delta(plan, expert, name, base)
+            for expert, model in plan.experts.items()
+        }
+    ranks, seeds = plan.layouts[linear.name].ranks, [own.seed for own in plan.settings.values()]
+    return plan.method.upscale_linear(linear, deltas(), bias_deltas, ranks, seeds, plan.config)
 
 
 def _origin(plan: Plan, linear: Linear) -> Tensor:

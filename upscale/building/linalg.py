@@ -28,6 +28,10 @@ class LowRank:
     norm: float
     left: float
 
+    def to(self, device: str) -> "LowRank":
+        """The same on another device."""
+        return LowRank(self.down.to(device), self.up.to(device), self.norm, self.left)
+
 
 def factor(delta: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> LowRank:
     """Factor ``delta`` to ``rank`` by a randomised range finder, or by full SVD, with the error that this leaves.

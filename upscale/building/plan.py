@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from upscale.building.methods import Method
+from upscale.building.overrides import Overrides, settings_of
 from upscale.building.ranks import Progress, choose_ranks
 from upscale.building.skeleton import Linear, Norm, Skeleton, skeleton
 from upscale.config import BuildConfig
@@ -26,6 +27,7 @@ class Plan:
         experts: headers of the experts, by name.
         method: the upscaling method's module.
         config: its settings.
+        settings: of each expert, with the seed of its sketches.
         linears: the linears to upscale, the embedding first, in the model's order.
         norms: the norms whose deltas are kept.
         tied: the embedding that lends the output head its factors, by the head's name.
@@ -42,6 +44,7 @@ class Plan:
     experts: Mapping[str, Checkpoint]
     method: Method
     config: BuildConfig
+    settings: Mapping[str, BuildConfig]
     linears: Sequence[Linear]
     norms: Sequence[Norm]
     tied: Mapping[str, str]
@@ -56,13 +59,17 @@ class Plan:
     @property
     def base_bytes(self) -> int:
         """Size of the base's tensors."""
-        return sum(info.nbytes for info in self.base.tensors.values())
+        return self.base.nbytes
+
+    @property
+    def expert_bytes(self) -> Mapping[str, int]:
+        """Sizes of the experts' own tensors."""
+        return {name: model.nbytes for name, model in self.experts.items()}
 
     @property
     def group_bytes(self) -> int:
         """Size of the base and all experts: what serving them one by one takes."""
-        sizes = (info.nbytes for model in self.experts.values() for info in model.tensors.values())
-        return self.base_bytes + sum(sizes)
+        return self.base_bytes + sum(self.expert_bytes.values())
 
     @property
     def result_bytes(self) -> int:
@@ -83,7 +90,13 @@ class Plan:
         return max(sizes)
 
 
-def make_plan(verdict: Verdict, method: Method, config: BuildConfig, progress: Progress | None = None) -> Plan:
+def make_plan(
+    verdict: Verdict,
+    method: Method,
+    config: BuildConfig,
+    progress: Progress | None = None,
+    overrides: Overrides | None = None,
+) -> Plan:
     """Plan the build of a group that passed preflight; reads no weights, unless ranks follow the spectra.
 
     Args:
@@ -91,6 +104,7 @@ def make_plan(verdict: Verdict, method: Method, config: BuildConfig, progress: P
         method: the upscaling method's module.
         config: its settings.
         progress: called as spectra are computed, with (done, in all, module).
+        overrides: by expert, what differs from ``config``.
 
     Raises:
         MismatchError: the group did not pass.
@@ -107,7 +121,7 @@ def make_plan(verdict: Verdict, method: Method, config: BuildConfig, progress: P
     chosen = [n for n in chosen if n.name not in tied]
     shared = {n.weight for n in found.embeddings}  # a tied head that has factors of its own leaves them to the rest
     upscaled = {n.weight for n in chosen if not n.head or n.weight not in shared} | {n.bias for n in chosen}
-    kept = parameters(base)
+    kept = dict(sorted(parameters(base).items()))  # the same bytes however the base is sharded
     of_norms = {tensor for norm in norms for tensor in (norm.weight, norm.bias)}
     own = head(base)
     rest = [name for name in kept if name not in upscaled | of_norms | own.keys()]
@@ -121,7 +135,8 @@ def make_plan(verdict: Verdict, method: Method, config: BuildConfig, progress: P
     _declare(declared, layouts, weights)
     router = method.router_bytes(found, chosen, experts, config)
     fixed = sum(spec.nbytes for spec in declared.values()) + router
-    ranks = choose_ranks(verdict, chosen, declared, fixed, config, progress)
+    settings = settings_of(verdict.experts, config, overrides or {})
+    ranks = choose_ranks(verdict, chosen, declared, fixed, settings, progress)
     of_linears = {n.name: method.largest(n, ranks[n.name], config) for n in chosen}
     _declare(declared, of_linears, weights)
     return Plan(
@@ -129,6 +144,7 @@ def make_plan(verdict: Verdict, method: Method, config: BuildConfig, progress: P
         experts=verdict.experts,
         method=method,
         config=config,
+        settings=settings,
         linears=chosen,
         norms=norms,
         tied=tied,

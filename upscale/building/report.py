@@ -36,15 +36,29 @@ class Report:
         method: name of the method.
         modules: upscaled linears, in the model's order.
         rest: tensors that are not upscaled but that some expert changed.
-        base_bytes, group_bytes, result_bytes: sizes of the base, of base and experts, and of the result.
+        base_bytes, result_bytes: sizes of the base and of the result.
+        expert_bytes: sizes of the experts' sources.
     """
 
     method: str
     modules: Sequence[ModuleReport]
     rest: Sequence[RestReport]
     base_bytes: int
-    group_bytes: int
+    expert_bytes: Mapping[str, int]
     result_bytes: int
+
+    @classmethod
+    def from_json(cls, values: Mapping) -> "Report":
+        """Read what ``to_json`` gave. Raises KeyError or TypeError for anything else."""
+        modules = [ModuleReport(m["name"], m["ranks"], m["norms"], m["left"]) for m in values["modules"]]
+        rest = [RestReport(r["name"], r["norms"], r["left"]) for r in values["rest"]]
+        sizes = values["base_bytes"], values["expert_bytes"], values["result_bytes"]
+        return cls(values["method"], modules, rest, *sizes)
+
+    @property
+    def group_bytes(self) -> int:
+        """Size of base and experts."""
+        return self.base_bytes + sum(self.expert_bytes.values())
 
     @property
     def energy(self) -> Mapping[str, float]:
@@ -64,4 +78,4 @@ class Report:
     def to_json(self) -> dict:
         """Plain values, with the energies that follow from the norms."""
         modules = [{**asdict(m), "energy": dict(m.energy)} for m in self.modules]
-        return {**asdict(self), "modules": modules, "energy": dict(self.energy)}
+        return {**asdict(self), "group_bytes": self.group_bytes, "modules": modules, "energy": dict(self.energy)}

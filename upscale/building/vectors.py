@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upscale.building.linalg import factor
+from upscale.building.linalg import LowRank, factor
 from upscale.building.skeleton import Linear
 from upscale.errors import NonFiniteError
 from upscale.runtime.dense_upscaled import pack
 from upscale.runtime.layout_upscaled import DENSE, SPARSE, ModuleLayout
 
-Deltas = Iterable[tuple[str, Tensor]]  # (expert, its delta [o, i] float32), taken one at a time
+# (expert, its delta [o, i] float32, or the factors that are stored of it), taken one at a time
+Deltas = Iterable[tuple[str, Tensor | LowRank]]
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ def low_rank(
     deltas: Deltas,
     biases: Mapping[str, Tensor] | None,
     ranks: Sequence[int],
+    seeds: Sequence[int],
     *,
     exact: bool = False,
-    seed: int = 0,
 ) -> UpscaledLinear:
     """Factors of the deltas, expert-major: ``down`` [R, i], ``up`` [o, R], and ``bias`` [E, o] if any bias changed.
 
@@ -61,16 +62,15 @@ def low_rank(
         deltas: of all experts.
         biases: by expert, [o] float32; None if the linear has no bias.
         ranks: of each expert, at most; a delta of lower rank gets its own, 0 if it is zero.
+        seeds: of each expert's sketch.
         exact: full SVD.
-        seed: of the sketches.
 
     Raises:
         NonFiniteError: NaN or infinity in a delta.
     """
-    # A sketch of its own for each expert: with one for all, flat spectra look as if they shared directions.
     factors = {
-        expert: factor(delta, rank, exact=exact, seed=seed + number)
-        for number, ((expert, delta), rank) in enumerate(zip(deltas, ranks, strict=True))
+        expert: delta if isinstance(delta, LowRank) else factor(delta, rank, exact=exact, seed=seed)
+        for (expert, delta), rank, seed in zip(deltas, ranks, seeds, strict=True)
     }
     down = torch.cat([f.down for f in factors.values()])
     up = torch.cat([f.up for f in factors.values()], dim=1)
@@ -82,7 +82,7 @@ def low_rank(
 
 def dense(linear: Linear, deltas: Deltas, biases: Mapping[str, Tensor] | None) -> UpscaledLinear:
     """The deltas as they are: ``delta`` [E, o, i]; otherwise as ``low_rank``."""
-    found = {expert: delta.contiguous() for expert, delta in deltas}
+    found = {expert: _whole(delta).contiguous() for expert, delta in deltas}
     kept = {
         expert: Kept(min(delta.shape), float(torch.linalg.vector_norm(delta)), 0.0) for expert, delta in found.items()
     }
@@ -96,7 +96,8 @@ def dense(linear: Linear, deltas: Deltas, biases: Mapping[str, Tensor] | None) -
 def sparse(linear: Linear, deltas: Deltas, biases: Mapping[str, Tensor] | None, density: float) -> UpscaledLinear:
     """The entries of largest magnitude of each delta, a part ``density`` of all: see ``dense_upscaled.pack``."""
     values, gaps, kept = [], [], {}
-    for expert, delta in deltas:
+    for expert, given in deltas:
+        delta = _whole(given)
         entries, steps = pack(delta, entries_kept(linear, density))
         values.append(entries)
         gaps.append(steps)
@@ -122,6 +123,10 @@ def sparse(linear: Linear, deltas: Deltas, biases: Mapping[str, Tensor] | None, 
 def entries_kept(linear: Linear, density: float) -> int:
     """How many entries of a delta ``density`` keeps, at least one."""
     return max(1, round(density * linear.in_features * linear.out_features))
+
+
+def _whole(delta: Tensor | LowRank) -> Tensor:
+    return delta.up @ delta.down if isinstance(delta, LowRank) else delta
 
 
 def _bias(biases: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

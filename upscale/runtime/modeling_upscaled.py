@@ -118,12 +118,19 @@ def upscaled_config(base: Mapping, layout: Layout) -> dict:
     return {**base, **own, "auto_map": auto_map, "upscale": layout.to_config()}
 
 
-def base_config(config: Mapping, **kwargs) -> PretrainedConfig:
-    """The base's own config object, from an upscaled checkpoint's ``config.json``; ``kwargs`` go to ``from_dict``."""
+def base_fields(config: Mapping) -> dict:
+    """The base's own ``config.json``, from an upscaled checkpoint's."""
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "upscale", "base_model_type")}
     fields["model_type"] = config["base_model_type"]
     fields["architectures"] = [a.removeprefix(UPSCALED) for a in config.get("architectures") or []]
-    return CONFIG_MAPPING[config["base_model_type"]].from_dict(fields, **kwargs)
+    if not fields["architectures"]:
+        del fields["architectures"]
+    return fields
+
+
+def base_config(config: Mapping, **kwargs) -> PretrainedConfig:
+    """The base's own config object, from an upscaled checkpoint's ``config.json``; ``kwargs`` go to ``from_dict``."""
+    return CONFIG_MAPPING[config["base_model_type"]].from_dict(base_fields(config), **kwargs)
 
 
 # --------------------------------------------------------------------------------------------------------- the model

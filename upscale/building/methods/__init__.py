@@ -40,9 +40,10 @@ class Method(Protocol):
         deltas: Deltas,
         biases: Mapping[str, Tensor] | None,
         ranks: Sequence[int],
+        seeds: Sequence[int],
         config: Any,
     ) -> UpscaledLinear | None:
-        """The tensors and layout to store for one linear, or None to leave it plain."""
+        """The tensors and layout to store for one linear, or None to leave it plain; ranks and seeds by expert."""
         ...
 
     def router(

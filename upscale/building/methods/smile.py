@@ -71,8 +71,13 @@ def largest(linear: Linear, ranks: Sequence[int], config: SmileConfig) -> Module
 
 
 def upscale_linear(
-    linear: Linear, deltas: Deltas, biases: Mapping[str, Tensor] | None, ranks: Sequence[int], config: SmileConfig
+    linear: Linear,
+    deltas: Deltas,
+    biases: Mapping[str, Tensor] | None,
+    ranks: Sequence[int],
+    seeds: Sequence[int],
+    config: SmileConfig,
 ) -> UpscaledLinear | None:
     """Low-rank experts; None if no expert changed the linear, which then stays a plain one."""
-    upscaled = low_rank(linear, deltas, biases, ranks, exact=config.exact, seed=config.seed)
+    upscaled = low_rank(linear, deltas, biases, ranks, seeds, exact=config.exact)
     return upscaled if any(upscaled.layout.ranks) or upscaled.layout.bias else None

@@ -128,11 +128,16 @@ def largest(linear: Linear, ranks: Sequence[int], config: WemoeConfig) -> Module
 
 
 def upscale_linear(
-    linear: Linear, deltas: Deltas, biases: Mapping[str, Tensor] | None, ranks: Sequence[int], config: WemoeConfig
+    linear: Linear,
+    deltas: Deltas,
+    biases: Mapping[str, Tensor] | None,
+    ranks: Sequence[int],
+    seeds: Sequence[int],
+    config: WemoeConfig,
 ) -> UpscaledLinear:
     """The task vectors in the form asked for; of all linears, since the first of an MLP is where its router looks."""
     if config.vectors == DENSE:
         return dense(linear, deltas, biases)
     if config.vectors == SPARSE:
         return sparse(linear, deltas, biases, config.density)
-    return low_rank(linear, deltas, biases, ranks, exact=config.exact, seed=config.seed)
+    return low_rank(linear, deltas, biases, ranks, seeds, exact=config.exact)

@@ -1,0 +1,191 @@
+"""An expert of an upscaled checkpoint: as a model, and as the very factors that are stored."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from upscale.building.linalg import LowRank
+from upscale.building.skeleton import Linear, Norm
+from upscale.building.stored import Stored
+from upscale.errors import LoadError
+from upscale.runtime.dense_upscaled import unpack
+from upscale.runtime.layout_upscaled import DENSE, SPARSE, ModuleLayout
+from zoo import TensorSpec
+from zoo.reading.product import Product
+
+
+@dataclass(frozen=True)
+class StoredExpert:
+    """An expert of an upscaled checkpoint, as a model whose tensors are the base's and what is stored of its deltas.
+
+    A build that finds one in its group takes its factors as they are.
+    """
+
+    stored: Stored
+    name: str
+
+    @classmethod
+    def of(cls, stored: Stored, name: str) -> "StoredExpert":
+        """The expert of this name. Raises LoadError if there is none."""
+        if name not in stored.layout.experts:
+            raise LoadError(f"{stored.path}: no expert {name} in this model; it has {', '.join(stored.layout.experts)}")
+        return cls(stored, name)
+
+    @property
+    def number(self) -> int:
+        """Its place among the experts."""
+        return self.stored.layout.experts.index(self.name)
+
+    # ------------------------------------------------------------------------------------------------------- a model
+    @property
+    def path(self) -> Path:
+        """See Model."""
+        return self.stored.path
+
+    @property
+    def config(self) -> Mapping:
+        """See Model: the base's, with the names of its own classes, and without ties that its head has not."""
+        labels = self.stored.layout.labels.get(self.name)
+        own: dict = {}
+        if labels:
+            own = {"id2label": dict(labels), "label2id": {label: int(number) for number, label in labels.items()}}
+        return {**self.stored.base.config, **own, **({"tie_word_embeddings": False} if self._own_head else {})}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """See Model."""
+        base, heads = self.stored.base.tensors, self.stored.layout.heads.get(self.name, {})
+        own = {name: TensorSpec(tuple(shape), base[name].dtype) for name, shape in heads.items()}
+        if (head := self.stored.split_head) is not None:
+            own[self._own_head] = base[head.weight]
+        return {**base, **own}
+
+    @property
+    def _own_head(self) -> str:
+        """The tensor of a head that the base's has no tensor for; empty if there is none."""
+        return f"{head.name}.weight" if (head := self.stored.split_head) is not None else ""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """See Model."""
+        return self.stored.checkpoint.files
+
+    @property
+    def nbytes(self) -> int:
+        """See Model: the size of its source, or what it takes here where that is not known."""
+        report = self.stored.report
+        if report is not None and self.name in report.expert_bytes:
+            return report.expert_bytes[self.name]
+        return self.stored_bytes
+
+    @property
+    def companions(self) -> Mapping[str, Path | bytes]:
+        """See Model."""
+        return self.stored.base.companions
+
+    def product(self, name: str) -> Product | None:
+        """See Model: its factors are taken by ``factors``, with what is known of them."""
+        return None
+
+    def read(self, name: str) -> Tensor:
+        """See Model: the base's tensor with what is stored of this expert's delta, in the base's format."""
+        if name in self.stored.layout.heads.get(self.name, {}):
+            return self.stored.checkpoint.read(f"heads.{self.number}.{name}")
+        head = self.stored.split_head
+        if name == self._own_head and head is not None:
+            return self._changed(head, head.weight)
+        if (module := self.stored.places.get(name)) is None:
+            return self.stored.base.read(name)
+        return self._changed(module, name)
+
+    def _changed(self, module: Linear | Norm, name: str) -> Tensor:
+        base = self.stored.base.read(name)
+        origin = base.float()
+        if isinstance(module, Norm):
+            scale, shift = self.change(module)
+            if name == module.weight:
+                changed = (module.offset + origin) * (1 + scale) - module.offset
+            else:
+                changed = origin * (1 + scale) + shift
+        elif name == module.bias:
+            changed = origin + self.bias(module)
+        else:
+            delta = self.delta(module)
+            changed = origin + (delta.mT if module.transposed else delta)
+        return changed.to(base.dtype).contiguous()
+
+    # ------------------------------------------------------------------------------------------- what is stored of it
+    def layout(self, module: str) -> ModuleLayout | None:
+        """What is stored for a module, under the embedding's name for a tied head; None if nothing."""
+        return self.stored.layout.modules.get(self._holder(module))
+
+    def _holder(self, module: str) -> str:
+        entry = self.stored.layout.modules.get(module)
+        return entry.tied if entry is not None and entry.tied else module
+
+    def rank(self, module: str) -> int:
+        """Of its factors for a module."""
+        return layout.ranks[self.number] if (layout := self.layout(module)) is not None else 0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of its part of the experts' tensors."""
+        total = 0
+        for name, module in self.stored.layout.modules.items():
+            for tensor in module.shapes():
+                info = self.stored.checkpoint.tensors[f"{name}.experts.{tensor}"]
+                whole, part = len(module.ranks), 1
+                if tensor in ("down", "up"):
+                    whole, part = max(1, sum(module.ranks)), module.ranks[self.number]
+                total += info.nbytes * part // whole
+        for name in self.stored.layout.heads.get(self.name, {}):
+            total += self.stored.checkpoint.tensors[f"heads.{self.number}.{name}"].nbytes
+        return total
+
+    def factors(self, linear: Linear) -> LowRank:
+        """Its factors for a linear, float32, with the norms that were measured when it was built."""
+        norm, left = self.measured(self._holder(linear.name))
+        layout = self.layout(linear.name)
+        if layout is None:
+            down, up = torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0)
+            return LowRank(down, up, norm, left)
+        start = sum(layout.ranks[: self.number])
+        own = slice(start, start + layout.ranks[self.number])
+        holder = self._holder(linear.name)
+        down, up = self.stored.read(holder, "down")[own], self.stored.read(holder, "up")[:, own]
+        return LowRank(down.float(), up.float().contiguous(), norm, left)
+
+    def delta(self, linear: Linear) -> Tensor:
+        """What is stored of its delta of a linear, [o, i] float32."""
+        layout = self.layout(linear.name)
+        holder = self._holder(linear.name)
+        if layout is not None and layout.vectors == DENSE:
+            return self.stored.read(holder, "delta")[self.number].float()
+        if layout is not None and layout.vectors == SPARSE:
+            values, gaps = (self.stored.read(holder, t)[self.number, None] for t in ("values", "gaps"))
+            return unpack(values, gaps, (layout.out_features, layout.in_features))[0].float()
+        found = self.factors(linear)
+        return found.up @ found.down
+
+    def bias(self, linear: Linear) -> Tensor:
+        """Its delta of a linear's bias, [o] float32."""
+        layout = self.layout(linear.name)
+        if layout is None or not layout.bias:
+            return torch.zeros(linear.out_features)
+        return self.stored.read(self._holder(linear.name), "bias")[self.number].float()
+
+    def change(self, norm: Norm) -> tuple[Tensor, Tensor]:
+        """Scale and shift of a norm's output, [d] float32; the shift of a norm without a bias is zero."""
+        none = torch.zeros(norm.width)
+        if (layout := self.layout(norm.name)) is None:
+            return none, none
+        rows = {name: self.stored.read(norm.name, name)[self.number].float() for name in layout.shapes()}
+        return rows["scale"], rows.get("shift", none)
+
+    def measured(self, name: str) -> tuple[float, float]:
+        """Norms of its delta of a linear, or of a tensor that is no linear's, and of what is missing of it."""
+        found = self.stored.measured.get(name)
+        return (found.norms.get(self.name, 0.0), found.left.get(self.name, 0.0)) if found else (0.0, 0.0)
