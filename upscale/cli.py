@@ -16,6 +16,7 @@ _COMMANDS = {
     "calibrate": "upscale.commands.calibrate:calibrate",
     "check": "upscale.commands.check:check",
     "eval": "upscale.commands.eval:evaluate",
+    "import": "upscale.commands.import_:import_",
     "route": "upscale.commands.route:route",
     "smile": "upscale.commands.smile:smile",
     "spectra": "upscale.commands.spectra:spectra",

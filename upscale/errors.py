@@ -25,3 +25,7 @@ class TaskError(ZooError):
 
 class EngineError(ZooError):
     """An engine is not installed, does not answer, or cannot do what is asked."""
+
+
+class ConversionError(ZooError):
+    """Another tool's checkpoint cannot be converted: names the tensor or field, and what is wrong with it."""

@@ -1,7 +1,7 @@
 """A group: one base model and its named experts."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raise GroupError unless these can name experts."""
+    known = set()
+    for name in names:
+        if not _NAME.fullmatch(str(name)):
+            raise GroupError(f"expert name {name!r}: use letters, digits, '.', '_' and '-' only")
+        if name in _RESERVED:
+            raise GroupError(f"expert name {name!r} is reserved; choose another")
+        if name in known:
+            raise GroupError(f"expert name {name!r} stands there twice; names must differ")
+        known.add(name)
+
+
 @dataclass(frozen=True)
 class Group:
     """A base and the models that were fine-tuned from it, in the order that the upscaled model keeps.
@@ -39,11 +52,7 @@ class Group:
     def __post_init__(self):
         if not self.experts:
             raise GroupError("a group needs at least one expert: name=path or name=org/model")
-        for name in self.experts:
-            if not _NAME.fullmatch(str(name)):
-                raise GroupError(f"expert name {name!r}: use letters, digits, '.', '_' and '-' only")
-            if name in _RESERVED:
-                raise GroupError(f"expert name {name!r} is reserved; choose another")
+        check_names(self.experts)
 
     @classmethod
     def of(cls, base: str | Path, experts: Mapping[str, str | Path], relative_to: Path | None = None) -> "Group":

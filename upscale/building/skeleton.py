@@ -92,7 +92,7 @@ def skeleton(checkpoint: Checkpoint) -> Skeleton:
     Raises:
         PlanError: transformers knows no causal LM for this configuration, or the checkpoint lacks tensors of it.
     """
-    model = _on_meta(checkpoint.config)
+    model = on_meta(checkpoint.config)
     names = _stored_names(checkpoint, model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     found, norms, absent, embeddings = [], [], [], []
@@ -164,7 +164,8 @@ def _stored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, s
     return names
 
 
-def _on_meta(config: Mapping) -> PreTrainedModel:
+def on_meta(config: Mapping) -> PreTrainedModel:
+    """The model of a ``config.json`` without its weights. Raises PlanError if transformers makes none of it."""
     kind = config["model_type"]
     try:
         settings = CONFIG_MAPPING[kind].from_dict({**config, "dtype": "float32"})

@@ -1,0 +1,1 @@
+"""Other tools' checkpoints in our format."""
