@@ -3,7 +3,9 @@
 from zoo.errors import CheckpointError, GroupError, MismatchError, OutputError, SourceError, ZooError
 from zoo.group import Group
 from zoo.preflight import Verdict, check
-from zoo.reading.checkpoint import Checkpoint, TensorInfo, TensorSpec
+from zoo.reading.checkpoint import Checkpoint
+from zoo.reading.model import Model, TensorSpec
+from zoo.reading.shards import TensorInfo
 from zoo.source import Source
 from zoo.writing.writer import Writer
 
@@ -13,6 +15,7 @@ __all__ = [
     "Group",
     "GroupError",
     "MismatchError",
+    "Model",
     "OutputError",
     "Source",
     "SourceError",

@@ -3,20 +3,23 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
 
 from zoo.errors import CheckpointError, MismatchError, SourceError
 from zoo.group import Group
-from zoo.reading.checkpoint import Checkpoint, TensorInfo
+from zoo.reading.adapter import Adapter
+from zoo.reading.aligning import Refused, align
+from zoo.reading.checkpoint import Checkpoint, is_adapter
 from zoo.reading.heads import compare, head
+from zoo.reading.model import Model, TensorSpec
+from zoo.reading.origin import check_origin
+from zoo.reading.quantised import quantised
+from zoo.reading.tied import HEAD, is_tied
+from zoo.source import Source
 
 # Buffers that old versions of transformers saved beside the parameters; no weights, so their absence is no mismatch.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
-_EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out|tok_embeddings)\.weight$")
-_HEAD = "lm_head.weight"
 # Fields that decide what a forward pass computes: with another value, an expert's weights mean something else.
 _COMPUTED = re.compile(
     r"num_(attention|key_value)_heads|n_head|head_dim|rope_.*|rotary_.*|partial_rotary_factor|(rms|layer)_norm_eps(ilon)?"
@@ -34,16 +37,18 @@ class Verdict:
     """The opened models and everything that keeps them from being one group.
 
     Attributes:
-        base: the base's headers.
-        experts: each expert's headers, by name.
+        base: the base, arranged as the result has it.
+        experts: each expert, by name, with the base's tensors.
         mismatches: one line each; empty if the group can be built.
         warnings: differences that do not keep it from being built.
+        added: tokens that the result's vocabulary has beyond the base's, by number.
     """
 
-    base: Checkpoint
-    experts: Mapping[str, Checkpoint]
+    base: Model
+    experts: Mapping[str, Model]
     mismatches: tuple[str, ...]
     warnings: tuple[str, ...]
+    added: Mapping[int, str] = field(default_factory=dict)
 
     def require(self) -> None:
         """Raise MismatchError with every mismatch, if there is one."""
@@ -51,62 +56,82 @@ class Verdict:
             raise MismatchError(list(self.mismatches))
 
 
-def parameters(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """A checkpoint's weights: without saved buffers, and without a head that is only a copy of tied embeddings."""
-    copied = _HEAD in checkpoint.tensors and _tied(checkpoint)
+def parameters(model: Model) -> dict[str, TensorSpec]:
+    """A model's weights: without saved buffers, and without a head that is only a copy of tied embeddings."""
+    copied = HEAD in model.tensors and is_tied(model)
     return {
-        name: info
-        for name, info in checkpoint.tensors.items()
-        if not _BUFFERS.search(name) and not (copied and name == _HEAD)
+        name: spec
+        for name, spec in model.tensors.items()
+        if not _BUFFERS.search(name) and not (copied and name == HEAD)
     }
 
 
-def _tied(checkpoint: Checkpoint) -> bool:
-    """Whether a stored head is tied. Configurations may leave that to a default, so the weights decide then."""
-    if (said := checkpoint.config.get("tie_word_embeddings")) is not None:
-        return bool(said)
-    shape = checkpoint.tensors[_HEAD].shape
-    like = [n for n, info in checkpoint.tensors.items() if n != _HEAD and info.shape == shape and _EMBEDDING.search(n)]
-    return any(torch.equal(checkpoint.read(_HEAD), checkpoint.read(name)) for name in like)
-
-
 def check(group: Group) -> Verdict:
-    """Open every model of the group and compare each expert with the base.
+    """Open every model of the group and compare each expert with the base; weights on the Hub stay there.
 
     Raises:
         SourceError: a model cannot be found or fetched.
-        CheckpointError: a directory is no readable checkpoint; the message names the expert.
+        CheckpointError: a directory is no readable checkpoint or adapter; the message names the expert.
     """
-    base = Checkpoint.open(group.base.resolve())
-    experts, mismatches, warnings = {}, [], []
-    unreadable = _unreadable("base", base)
+    base = Checkpoint.open(group.base.folder(allow_pickle=group.allow_pickle), allow_pickle=group.allow_pickle)
+    experts, doubts = {}, []
     for name, source in group.experts.items():
         try:
-            experts[name] = Checkpoint.open(source.resolve())
+            experts[name], doubt = _open(source, base, group)
         except (SourceError, CheckpointError) as error:
             raise type(error)(f"expert {name}: {error}") from error
-        found = _unreadable(f"expert {name}", experts[name])
-        mismatches += found if found or unreadable else _compare(name, base, experts[name])
-        warnings += _differences(name, base, experts[name])
-    return Verdict(base, experts, (*unreadable, *mismatches), tuple(warnings))
+        doubts += [f"expert {name}: {doubt}"] if doubt else []
+    verdict = compared(base, experts, group.vocabulary)
+    return replace(verdict, warnings=(*doubts, *verdict.warnings))
 
 
-def _unreadable(who: str, model: Checkpoint) -> list[str]:
-    if quantised := model.config.get("quantization_config"):
-        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        return [f"{who}: weights are quantised ({kind}); use the unquantised model, and quantise the result"]
+def compared(base: Model, experts: Mapping[str, Model], vocabulary: str | None = None) -> Verdict:
+    """The verdict on models that are open already; see ``Group.vocabulary``.
+
+    Raises:
+        CheckpointError: the base's tokenizer cannot take the experts' tokens.
+    """
+    odd = {name: _unreadable(f"expert {name}", model) for name, model in experts.items()}
+    if unreadable := _unreadable("base", base):
+        return Verdict(base, experts, (*unreadable, *(line for lines in odd.values() for line in lines)), ())
+    aligned = align(base, {name: model for name, model in experts.items() if not odd[name]}, vocabulary)
+    mismatches, warnings = [], list(aligned.warnings)
+    for name in experts:
+        if odd[name]:
+            mismatches += odd[name]
+            continue
+        model = aligned.experts[name]
+        mismatches += _compare(name, aligned.base, model, aligned.refused.get(name))
+        warnings += _differences(name, aligned.base, model)
+    return Verdict(aligned.base, {**experts, **aligned.experts}, tuple(mismatches), tuple(warnings), aligned.added)
+
+
+def _open(source: Source, base: Checkpoint, group: Group) -> tuple[Model, str | None]:
+    """An expert, and what cannot be told of it."""
+    folder = source.folder(allow_pickle=group.allow_pickle)
+    if not is_adapter(folder):
+        return Checkpoint.open(folder, allow_pickle=group.allow_pickle), None
+    adapter = Adapter.open(folder, base, allow_pickle=group.allow_pickle)
+    try:
+        return adapter, check_origin(adapter.settings, group.base.location, group.base.revision, base)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder.path}: {error}") from error
+
+
+def _unreadable(who: str, model: Model) -> list[str]:
+    if problem := quantised(model):
+        return [f"{who}: {problem}"]
     if not isinstance(model.config.get("model_type"), str):
         return [f"{who}: config.json has no model_type"]
     if "upscale" in model.config:
         return [f"{who}: is an upscaled model already; give the models that it was built from"]
     if "auto_map" in model.config:
         return [f"{who}: needs remote code (auto_map), which cannot be upscaled"]
-    infos = parameters(model).items()
-    odd = [name for name, info in infos if not info.dtype.is_floating_point or info.dtype.itemsize < 2]
+    odd = [name for name, spec in parameters(model).items() if not spec.dtype.is_floating_point]
     return [f"{who}: tensor {odd[0]} is {model.tensors[odd[0]].dtype}, not a float of 16 bits or more"] if odd else []
 
 
-def _compare(name: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
+def _compare(name: str, base: Model, expert: Model, refused: Refused | None) -> list[str]:
     if (theirs := expert.config["model_type"]) != (ours := base.config["model_type"]):
         return [f"expert {name}: architecture {theirs} is not the base's {ours}; it was not fine-tuned from this base"]
     own = head(base).keys() | head(expert).keys()
@@ -118,24 +143,14 @@ def _compare(name: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
         if _COMPUTED.fullmatch(key)
     ]
     absent, extra = want.keys() - have.keys(), have.keys() - want.keys()
-    if _HEAD in absent | extra:
-        whose = ("base", f"expert {name}") if _HEAD in absent else (f"expert {name}", "base")
-        lines.append(
-            f"expert {name}: tied and untied heads do not mix: {whose[0]} has {_HEAD}, {whose[1]} has not; "
-            "save the expert with the base's tie_word_embeddings"
-        )
-    lines += _listed(f"expert {name}: lacks", sorted(absent - {_HEAD}))
-    lines += _listed(f"expert {name}: has, the base has not:", sorted(extra - {_HEAD}))
-    for tensor in sorted(want.keys() & have.keys()):
-        if (theirs := have[tensor].shape) == (ours := want[tensor].shape):
-            continue
-        if _EMBEDDING.search(tensor) and theirs[1:] == ours[1:]:
-            lines.append(
-                f"expert {name}: vocabulary differs: {theirs[0]} rows in {tensor}, the base has {ours[0]}; "
-                "resize the expert's embeddings to the base's"
-            )
-        else:
-            lines.append(f"expert {name}: {tensor} has shape {list(theirs)}, the base's is {list(ours)}")
+    lines += _listed(f"expert {name}: lacks", sorted(absent))
+    lines += _listed(f"expert {name}: has, the base has not:", sorted(extra))
+    lines += [refused.line] if refused else []
+    lines += [
+        f"expert {name}: {tensor} has shape {list(have[tensor].shape)}, the base's is {list(want[tensor].shape)}"
+        for tensor in sorted(want.keys() & have.keys())
+        if have[tensor].shape != want[tensor].shape and not (refused and tensor in refused.tensors)
+    ]
     lines += compare(name, base, expert)
     return lines if len(lines) <= _SHOWN else [*lines[:_SHOWN], f"expert {name}: and {len(lines) - _SHOWN} more"]
 
@@ -145,24 +160,26 @@ def _listed(what: str, tensors: list[str]) -> list[str]:
     return [f"{what} {', '.join(tensors[:_SHOWN])}{more}"] if tensors else []
 
 
-def _differing(base: Checkpoint, expert: Checkpoint) -> list[str]:
+def _differing(base: Model, expert: Model) -> list[str]:
     """Fields of ``config.json`` that both have, with different values."""
     shared = base.config.keys() & expert.config.keys() - _HISTORY
     return sorted(key for key in shared if base.config[key] != expert.config[key])
 
 
-def _differences(name: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
+def _differences(name: str, base: Model, expert: Model) -> list[str]:
     lines = [
         f"expert {name}: config.json has {key} {expert.config[key]}; the result keeps the base's {base.config[key]}"
         for key in _differing(base, expert)
         if not _COMPUTED.fullmatch(key) and not (key in _LABELS and head(base))
     ]
     for file, what in (("tokenizer.json", "tokenizer"), ("chat_template.jinja", "chat template")):
-        ours, theirs = (_digest(model.path / file) for model in (base, expert))
+        ours, theirs = (_digest(model.companions.get(file)) for model in (base, expert))
         if theirs is not None and ours != theirs:
             lines.append(f"expert {name}: {what} differs from the base's, which the result keeps")
     return lines
 
 
-def _digest(file: Path) -> str | None:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+def _digest(content: Path | bytes | None) -> str | None:
+    if content is None:
+        return None
+    return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()

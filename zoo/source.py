@@ -1,12 +1,12 @@
 """Where a model comes from: a local directory, or a Hub id with an optional revision."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from zoo.errors import SourceError
+from zoo.hub.asking import asking, retried
 from zoo.reading.folder import Folder
 from zoo.reading.model import TensorSpec
 from zoo.reading.shards import dtype_of, is_complete, weight_files
@@ -40,6 +40,11 @@ class Source:
                 return cls(str(path))
         except (OSError, RuntimeError, ValueError):  # too long, not permitted, the home of nobody, a zero byte
             pass
+        return cls.of_hub(text)
+
+    @classmethod
+    def of_hub(cls, text: str) -> "Source":
+        """Read ``text`` as a Hub id, whatever directories there are. Raises SourceError for another form."""
         location, at, revision = text.partition("@")
         if _HUB_ID.fullmatch(location) and bool(at) == bool(revision):
             return cls(location, revision or None)
@@ -60,63 +65,46 @@ class Source:
             allow_pickle: fetch pickles, where there is nothing else: they have no header that could be read in place.
 
         Raises:
-            SourceError: the Hub does not have it, does not grant access, or cannot be reached.
+            HubError: the Hub does not have it, does not grant access, or cannot be reached.
         """
         if self.is_local:
             return Folder(Path(self.location))
         # Imported here: huggingface_hub reads its environment (offline, endpoint) when it is imported.
         from huggingface_hub import HfApi, constants, snapshot_download
 
-        with self._hub_errors():
-            path = Path(snapshot_download(self.location, revision=self.revision, allow_patterns=_SMALL))
+        with asking(self, perhaps_local=True):
+            path = Path(
+                retried(lambda: snapshot_download(self.location, revision=self.revision, allow_patterns=_SMALL))
+            )
             if constants.HF_HUB_OFFLINE or is_complete(Folder(path)):
                 return Folder(path)
             api = HfApi()
-            names = weight_files(api.list_repo_files(self.location, revision=path.name), allow_pickle=allow_pickle)
-            if any(name.endswith(".bin") for name in names):
-                snapshot_download(self.location, revision=path.name, allow_patterns=[*_SMALL, *names])
+            names = api.list_repo_files(self.location, revision=path.name)
+            wanted = weight_files(names, allow_pickle=allow_pickle)
+            if any(name.endswith(".bin") for name in wanted):
+                snapshot_download(self.location, revision=path.name, allow_patterns=[*_SMALL, *wanted])
 
         def header(name: str) -> Mapping[str, TensorSpec]:
-            with self._hub_errors():
+            with asking(self, perhaps_local=True):
                 found = api.parse_safetensors_file_metadata(self.location, name, revision=path.name)
             return {
                 tensor: TensorSpec(tuple(info.shape), dtype_of(info.dtype, tensor, f"{self}: {name}"))
                 for tensor, info in found.tensors.items()
             }
 
-        return Folder(path, tuple(names), header)
+        return Folder(path, [name for name in names if "/" not in name], header)
 
     def resolve(self, *, allow_pickle: bool = False) -> Path:
         """The model's directory; a Hub id is downloaded (or found in the cache) first, without what is not needed.
 
         Raises:
-            SourceError: the Hub does not have it, does not grant access, or cannot be reached.
+            HubError: the Hub does not have it, does not grant access, or cannot be reached.
         """
         folder = self.folder(allow_pickle=allow_pickle)
         if folder.remote:
             from huggingface_hub import snapshot_download
 
-            with self._hub_errors():
-                wanted = [*_SMALL, *folder.remote]
-                snapshot_download(self.location, revision=folder.path.name, allow_patterns=wanted)
+            with asking(self, perhaps_local=True):
+                wanted = [*_SMALL, *weight_files(folder.remote, allow_pickle=allow_pickle)]
+                retried(lambda: snapshot_download(self.location, revision=folder.path.name, allow_patterns=wanted))
         return folder.path
-
-    @contextmanager
-    def _hub_errors(self) -> Iterator[None]:
-        from huggingface_hub import errors as hub
-
-        try:
-            yield
-        except hub.GatedRepoError as error:  # a subclass of RepositoryNotFoundError: must come first
-            raise SourceError(f"{self}: gated; accept its terms on the Hub and log in with `hf auth login`") from error
-        except hub.RepositoryNotFoundError as error:
-            raise SourceError(f"{self}: no such directory and no such model on the Hub (or it is private)") from error
-        except hub.RevisionNotFoundError as error:
-            raise SourceError(f"{self}: the model has no revision {self.revision!r}") from error
-        except (hub.HFValidationError, hub.SafetensorsParsingError) as error:
-            raise SourceError(f"{self}: no such directory, and not usable from the Hub: {error}") from error
-        except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
-            raise SourceError(
-                f"{self}: no such directory, and the Hub cannot be reached ({type(error).__name__}); "
-                "check the spelling of the path, or the network"
-            ) from error
