@@ -2,31 +2,28 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from upscale.building.card import card
-from upscale.building.deltas import norm_tensors, rest_tensor, upscaled_linear
 from upscale.building.methods import Method
 from upscale.building.methods import smile as smile_method
 from upscale.building.methods import wemoe as wemoe_method
 from upscale.building.plan import Plan, make_plan
-from upscale.building.report import ModuleReport, Report
-from upscale.building.skeleton import Linear
-from upscale.config import BuildConfig, SmileConfig, WemoeConfig, recipe
-from upscale.errors import NonFiniteError
+from upscale.building.recipe import RECIPE, fingerprint, recipe_bytes, recipe_of, with_hashes
+from upscale.building.report import Report
+from upscale.building.steps import outcomes, steps
+from upscale.config import BuildConfig, SmileConfig, WemoeConfig
+from upscale.publishing.card import card
 from upscale.router_file import PART, named
 from upscale.runtime import runtime_files
-from upscale.runtime.architecture_upscaled import autos_of
-from upscale.runtime.layout_upscaled import LINEAR, Layout, ModuleLayout
+from upscale.runtime.layout_upscaled import LINEAR, Layout
 from upscale.runtime.modeling_upscaled import upscaled_config
-from zoo import Checkpoint, Group, Source, Writer, check
+from zoo import Group, Writer, check
+from zoo.reading.contents import Hashes
 from zoo.reading.heads import labels
 
 Progress = Callable[[int, int, str], None]  # bytes of the base done, bytes in all, what is being done
@@ -82,11 +79,15 @@ def _made(
 def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | None = None) -> Report:
     """Carry out a plan for the models of a group. Nothing is left in ``out`` unless all of it succeeds.
 
+    A build that was killed goes on where it was when the same is built again.
+
     Raises:
         OutputError: see ``zoo.Writer``.
+        SourceError: a model was changed while it was read.
         NonFiniteError: NaN or infinity in a source, with tensor and expert.
     """
-    return write(plan, _recipe(plan, group), out, progress=progress)
+    local = [name for name, source in {"base": group.base, **group.experts}.items() if source.is_local]
+    return write(plan, recipe_of(plan, group), out, hashed=local, progress=progress)
 
 
 def write(
@@ -94,6 +95,7 @@ def write(
     made: Mapping,
     out: str | Path,
     *,
+    hashed: Collection[str] = (),
     router: tuple[Mapping, Mapping[str, Tensor]] | None = None,
     files: Mapping[str, bytes | Path] | None = None,
     replace: bool = False,
@@ -105,6 +107,7 @@ def write(
         plan: what to do.
         made: the recipe, for ``upscale.yaml``.
         out: directory to make.
+        hashed: names of the models, "base" or an expert's, whose content hashes go into the recipe.
         router: its settings and tensors; None: those that the method begins with.
         files: further files to put into ``out``.
         replace: ``out`` is there, and is exchanged for the new one.
@@ -112,64 +115,22 @@ def write(
 
     Raises:
         OutputError: see ``zoo.Writer``.
+        SourceError: a model was changed while it was read.
         NonFiniteError: NaN or infinity in a source, with tensor and expert.
     """
-    total = sum(plan.base.tensors[name].nbytes for name in plan.rest) + sum(_nbytes(plan, n) for n in plan.linears)
-    done = 0
-
-    def step(nbytes: int, name: str) -> None:
-        nonlocal done
-        done += nbytes
-        if progress:
-            progress(done, total, name)
-
-    modules: dict[str, ModuleLayout] = {}
-    module_reports, rest_reports = [], []
-    with torch.no_grad(), Writer(out, plan.declared) as writer:
-
-        def put(name: str, tensor: Tensor) -> None:
-            writer.write(name, _cast(name, tensor, plan.declared[name].dtype))
-
-        for name in plan.rest:
-            tensor, report = rest_tensor(plan, name)
-            put(name, tensor)
-            if any(report.norms.values()):
-                rest_reports.append(report)
-            step(plan.base.tensors[name].nbytes, name)
-        for norm in plan.norms:
-            for name in (norm.weight, norm.bias):
-                if name is not None:
-                    put(name, plan.base.read(name))
-            changes, reports = norm_tensors(plan, norm)
-            rest_reports += reports
-            if changes is not None:
-                modules[norm.name] = plan.layouts[norm.name]
-                for tensor, value in changes.items():
-                    put(f"{norm.name}.experts.{tensor}", value)
-        for linear in plan.linears:
-            own = [name for name in (linear.weight, linear.bias) if name is not None and name not in plan.rest]
-            for name in own:
-                put(name, plan.base.read(name))
-            upscaled = upscaled_linear(plan, linear)
-            if upscaled is not None:
-                modules[linear.name] = upscaled.layout
-                for tensor, value in upscaled.tensors.items():
-                    put(f"{linear.name}.experts.{tensor}", value)
-                kept = upscaled.kept
-                module_reports.append(
-                    ModuleReport(
-                        linear.name,
-                        {e: k.rank for e, k in kept.items()},
-                        {e: k.norm for e, k in kept.items()},
-                        {e: k.left for e, k in kept.items()},
-                    )
-                )
-            step(_nbytes(plan, linear), linear.name)
-        for number, (expert, shapes) in enumerate(plan.heads.items()):
-            for name in shapes:
-                put(f"heads.{number}.{name}", plan.experts[expert].read(name))
-                if number == 0:
-                    put(name, plan.base.read(name))
+    models = {"base": plan.base, **plan.experts}
+    total, done, found = sum(step.nbytes for step in steps(plan)), 0, {}
+    with (
+        torch.no_grad(),
+        Hashes({name: models[name] for name in hashed}, models) as hashes,
+        Writer(out, plan.declared, fingerprint=fingerprint(plan, made, hashes.stamps), replace=replace) as writer,
+    ):
+        for step, outcome in outcomes(plan, writer):
+            found[step.name] = outcome
+            done += step.nbytes
+            if progress:
+                progress(done, total, step.name)
+        modules = {name: outcome.layout for name, outcome in found.items() if outcome.layout}
         for head, embedding in plan.tied.items():
             if embedding in modules:
                 modules[head] = dataclasses.replace(modules[embedding], kind=LINEAR, tied=embedding)
@@ -178,27 +139,16 @@ def write(
         layout = Layout(plan.method.NAME, tuple(plan.experts), settings, modules, plan.heads, classes)
         report = Report(
             plan.method.NAME,
-            module_reports,
-            rest_reports,
+            [outcome.module for outcome in found.values() if outcome.module],
+            [report for outcome in found.values() for report in outcome.rest],
             plan.base_bytes,
             plan.expert_bytes,
             writer.nbytes + sum(tensor.nbytes for tensor in tensors.values()),
         )
-        all_files = {**_files(plan, made, report), **(files or {})}
-        writer.commit(_config(plan, layout), all_files, {PART: tensors} if tensors else {})
+        config, whole = _config(plan, layout), with_hashes(made, hashes.result())
+        all_files = {**_files(plan, config, whole, report), **(files or {})}
+        writer.commit(config, all_files, {PART: tensors} if tensors else {})
     return report
-
-
-def _nbytes(plan: Plan, linear: Linear) -> int:
-    return plan.base.tensors[linear.weight].nbytes
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in the format it is written in, which must hold it: float16 ends at 65504."""
-    cast = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and not cast.isfinite().all():
-        raise NonFiniteError(f"tensor {name} has values that float16 cannot hold; use --dtype bfloat16 or float32")
-    return cast
 
 
 def _config(plan: Plan, layout: Layout) -> dict:
@@ -210,27 +160,11 @@ def _config(plan: Plan, layout: Layout) -> dict:
     return config
 
 
-def _pinned(source: Source, model: Checkpoint) -> str:
-    """A source as it can be found again: a Hub id with the commit that was read, which names its cache directory."""
-    return source.location if source.is_local else f"{source.location}@{model.path.name}"
-
-
-def _recipe(plan: Plan, group: Group) -> dict:
-    return {
-        "upscale_zoo": version("upscale-zoo"),
-        "method": plan.method.NAME,
-        "base": _pinned(group.base, plan.base),
-        "experts": {name: _pinned(source, plan.experts[name]) for name, source in group.experts.items()},
-        "config": recipe(plan.config),
-    }
-
-
-def _files(plan: Plan, made: Mapping, report: Report) -> Mapping[str, bytes | Path]:
-    sources = Group(Source(made["base"]), {name: Source(text) for name, text in made["experts"].items()})
+def _files(plan: Plan, config: Mapping, made: Mapping, report: Report) -> Mapping[str, bytes | Path]:
     return {
         **plan.base.companions,
         **runtime_files(),
-        "upscale.yaml": yaml.safe_dump(dict(made), sort_keys=False).encode(),
+        RECIPE: recipe_bytes(made),
         "report.json": json.dumps(report.to_json(), indent=1).encode() + b"\n",
-        "README.md": card(sources, report, plan.method.SUMMARY, autos_of(plan.base.config)[0]).encode(),
+        "README.md": card(config, made, report.to_json()).encode(),
     }

@@ -1,0 +1,148 @@
+"""The steps of a build: what is read, computed and written together, and what is known of it afterwards."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from upscale.building.deltas import norm_tensors, rest_tensor, upscaled_linear
+from upscale.building.plan import Plan
+from upscale.building.report import ModuleReport, RestReport
+from upscale.building.skeleton import Linear, Norm
+from upscale.errors import NonFiniteError
+from upscale.runtime.layout_upscaled import ModuleLayout
+from zoo import Writer
+
+Put = Callable[[str, Tensor], None]  # writes a tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step leaves beside its tensors.
+
+    Attributes:
+        layout: of its module, if that has experts now.
+        module: what was kept of the experts' deltas in it.
+        rest: of tensors that are not upscaled, what was lost.
+    """
+
+    layout: ModuleLayout | None = None
+    module: ModuleReport | None = None
+    rest: Sequence[RestReport] = ()
+
+    def to_json(self) -> dict:
+        """Plain values; floats keep every bit in JSON."""
+        return {
+            "layout": self.layout.to_config() if self.layout else None,
+            "module": asdict(self.module) if self.module else None,
+            "rest": [asdict(report) for report in self.rest],
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping) -> "Outcome":
+        """Read what ``to_json`` gave."""
+        layout, module = values["layout"], values["module"]
+        return cls(
+            ModuleLayout.from_config(layout) if layout else None,
+            ModuleReport(**module) if module else None,
+            [RestReport(**report) for report in values["rest"]],
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a build that is done as a whole.
+
+    Attributes:
+        name: of the tensor or module.
+        nbytes: of the base that it takes care of.
+        run: does it; writes its tensors one after the other.
+    """
+
+    name: str
+    nbytes: int
+    run: Callable[[Put], Outcome]
+
+
+def steps(plan: Plan) -> list[Step]:
+    """All steps, in the order in which the tensors are written."""
+
+    def nbytes(name: str) -> int:
+        return plan.base.tensors[name].nbytes
+
+    found = [Step(name, nbytes(name), partial(_rest, plan, name)) for name in plan.rest]
+    found += [Step(norm.name, nbytes(norm.weight), partial(_norm, plan, norm)) for norm in plan.norms]
+    found += [Step(linear.name, nbytes(linear.weight), partial(_linear, plan, linear)) for linear in plan.linears]
+    return [*found, Step("heads", 0, partial(_heads, plan))] if plan.heads else found
+
+
+def outcomes(plan: Plan, writer: Writer) -> Iterator[tuple[Step, Outcome]]:
+    """Do every step that a killed build of the same did not finish already.
+
+    Raises:
+        OutputError: see ``Writer``.
+        NonFiniteError: NaN or infinity in a source, with tensor and expert.
+    """
+
+    def put(name: str, tensor: Tensor) -> None:
+        writer.write(name, _cast(name, tensor, plan.declared[name].dtype))
+
+    for step in steps(plan):
+        if (record := writer.done(step.name)) is None:
+            record = step.run(put).to_json()
+            writer.finish(step.name, record)
+        yield step, Outcome.from_json(record)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the format it is written in, which must hold it: float16 ends at 65504."""
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and not cast.isfinite().all():
+        raise NonFiniteError(f"tensor {name} has values that float16 cannot hold; use --dtype bfloat16 or float32")
+    return cast
+
+
+def _rest(plan: Plan, name: str, put: Put) -> Outcome:
+    tensor, report = rest_tensor(plan, name)
+    put(name, tensor)
+    return Outcome(rest=[report] if any(report.norms.values()) else [])
+
+
+def _norm(plan: Plan, norm: Norm, put: Put) -> Outcome:
+    for name in (norm.weight, norm.bias):
+        if name is not None:
+            put(name, plan.base.read(name))
+    changes, reports = norm_tensors(plan, norm)
+    for tensor, value in (changes or {}).items():
+        put(f"{norm.name}.experts.{tensor}", value)
+    return Outcome(layout=plan.layouts[norm.name] if changes else None, rest=reports)
+
+
+def _linear(plan: Plan, linear: Linear, put: Put) -> Outcome:
+    for name in (linear.weight, linear.bias):
+        if name is not None and name not in plan.rest:
+            put(name, plan.base.read(name))
+    upscaled = upscaled_linear(plan, linear)
+    if upscaled is None:
+        return Outcome()
+    for tensor, value in upscaled.tensors.items():
+        put(f"{linear.name}.experts.{tensor}", value)
+    kept = upscaled.kept
+    report = ModuleReport(
+        linear.name,
+        {e: k.rank for e, k in kept.items()},
+        {e: k.norm for e, k in kept.items()},
+        {e: k.left for e, k in kept.items()},
+    )
+    return Outcome(upscaled.layout, report)
+
+
+def _heads(plan: Plan, put: Put) -> Outcome:
+    for number, (expert, shapes) in enumerate(plan.heads.items()):
+        for name in shapes:
+            put(f"heads.{number}.{name}", plan.experts[expert].read(name))
+            if number == 0:
+                put(name, plan.base.read(name))
+    return Outcome()
