@@ -96,4 +96,4 @@ def test_the_plan_bounds_what_is_written_and_progress_ends_at_its_total(architec
     done, totals, names = zip(*seen, strict=True)
     assert list(done) == sorted(done)
     assert set(totals) == {done[-1]}
-    assert {n.name for n in plan.linears} | set(plan.rest) == set(names)
+    assert {n.name for n in (*plan.linears, *plan.norms)} | set(plan.rest) == set(names)
