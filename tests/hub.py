@@ -20,7 +20,6 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         repos: by id.
-        datasets: ids that are data sets.
         requests: all so far.
         fail: how many times a route still answers 503.
         drop: how many times a route still does its work and then hangs up without an answer.
@@ -36,7 +35,6 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.root = root
         self.repos: dict[str, Repo] = {}
-        self.datasets: set[str] = set()
         self.parts: dict[tuple[str, int], bytes] = {}
         self.lock = threading.Lock()
         self.lfs_threshold = 10 << 20

@@ -22,7 +22,6 @@ ROUTES = [
     ("whoami", "GET", "/api/whoami-v2"),
     ("create", "POST", "/api/repos/create"),
     ("validate", "POST", "/api/validate-yaml"),
-    ("dataset", "GET", f"/api/datasets/{_REPO}"),
     ("info", "GET", _MODEL),
     ("info", "GET", f"{_MODEL}/revision/(?P<rev>.+)"),
     ("refs", "GET", f"{_MODEL}/refs"),
@@ -72,7 +71,7 @@ class Answer(BaseHTTPRequestHandler):
             return self.send(503, {"error": "try again"})
         self.hang_up = self.server.due(self.server.drop, name)
         try:
-            if "repo" in given and name != "dataset":
+            if "repo" in given:
                 given["repo"] = self.repo(given["repo"], name)
             getattr(self, name)(**given)
         except Refused as error:
@@ -157,11 +156,6 @@ class Answer(BaseHTTPRequestHandler):
 
     def validate(self) -> None:
         self.send(200, {"errors": [], "warnings": []})
-
-    def dataset(self, repo: str) -> None:
-        if repo not in self.server.datasets:
-            raise Refused(404 if self.user else 401, "RepoNotFound", "Repository not found")
-        self.send(200, {"_id": "0", "id": repo, "private": False, "tags": []})
 
     def info(self, repo: Repo, rev: str = "main") -> None:
         sha = self.revision(repo, rev)

@@ -35,11 +35,8 @@ class ResultsFile:
     def _read(self) -> list[Result]:
         assert self.file is not None
         try:
-            content = json.loads(self.file.read_text(encoding="utf-8"))
-            if content["version"] != VERSION:
-                raise ValueError(f"version {content['version']}, not {VERSION}")
-            return [Result.from_json(entry) for entry in (*content["earlier"], *content["results"])]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return [*read_results(self.file, "earlier"), *read_results(self.file)]
+        except TaskError as error:
             raise TaskError(
                 f"--json {self.file}: exists and holds no results to go on from; remove it or choose another name"
             ) from error
@@ -57,3 +54,14 @@ class ResultsFile:
             scratch.replace(self.file)
         except OSError as error:
             raise TaskError(f"--json {self.file}: cannot be written: {error.strerror}") from error
+
+
+def read_results(file: Path, which: str = "results") -> list[Result]:
+    """The results of the run that wrote ``file``, or the ``earlier`` ones. Raises TaskError if it holds none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, not {VERSION}")
+        return [Result.from_json(entry) for entry in content[which]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TaskError(f"{file}: no results of an evaluation; write it with `upscale eval --json`") from error

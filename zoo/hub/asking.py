@@ -30,8 +30,19 @@ def asking(what: object, *, perhaps_local: bool = False) -> Iterator[None]:
 
     try:
         yield
-    except (hub.HfHubHTTPError, hub.HFValidationError, hub.OfflineModeIsEnabled, OSError, _http().HTTPError) as error:
+    except (
+        *(hub.HfHubHTTPError, hub.HFValidationError, hub.SafetensorsParsingError, hub.OfflineModeIsEnabled),
+        *(OSError, _http().HTTPError),
+    ) as error:
         raise HubError(f"{what}: {_reason(error, 'no such directory, and ' if perhaps_local else '')}") from error
+
+
+def require_token(what: object, token: str | None) -> None:
+    """Raise HubError unless there is a token, given or of the user's own, to write with."""
+    from huggingface_hub import get_token
+
+    if token is None and get_token() is None:
+        raise HubError(f"{what}: pushing needs a token that may write; {_LOGIN}")
 
 
 def retried(work: Callable[[], Result]) -> Result:
@@ -79,8 +90,12 @@ def _reason(error: Exception, no_directory: str) -> str:
         return "the model has no such branch, tag or commit; see its page for what there is"
     if isinstance(error, hub.HFValidationError):
         return f"{no_directory}not a Hub id: {_line(error)}"
+    if isinstance(error, hub.SafetensorsParsingError):
+        return f"a file of weights is damaged on the Hub: {_line(error)}"
     if "xet" in str(error).lower() and constants.ENDPOINT != "https://huggingface.co":
         return f"{constants.ENDPOINT} has no Xet storage; use --no-xet, or set HF_HUB_DISABLE_XET=1"
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return f"its files cannot be kept here: {_line(error)}"
     status = _status(error)
     if status == 401:
         return f"the Hub wants a token that is valid: {_LOGIN}"

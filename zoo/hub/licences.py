@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from zoo.errors import LicenceError
 
@@ -17,6 +18,17 @@ _STRICTER = {
     ("cc-by-4.0", "cc-by-nc-sa-4.0"),
     ("cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
 }
+# The Hub's identifiers.
+_HUB = """
+afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
+eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc
+lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa
+odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 pddl postgresql unlicense wtfpl zlib
+"""
 _UNSAID = {"", "other", "unknown"}  # what the Hub's cards have for a licence without a name
 
 
@@ -69,3 +81,10 @@ def _allows(licence: str, whole: str) -> bool:
     if licence not in _PERMISSIVE:
         return False
     return whole not in _PERMISSIVE or _PERMISSIVE.index(licence) < _PERMISSIVE.index(whole)
+
+
+def front_matter(licence: str | None) -> dict[str, Any]:
+    """How a card's metadata say a licence; one that is not of the Hub's list is "other", with its name."""
+    if licence is None:
+        return {}
+    return {"license": licence} if licence in _HUB.split() else {"license": "other", "license_name": licence}
