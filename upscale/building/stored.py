@@ -83,6 +83,13 @@ class Stored:
         """Its directory."""
         return self.checkpoint.path
 
+    @property
+    def merged(self) -> bool:
+        """Whether everything but the experts is a merge of the group."""
+        settings = self.recipe.get("config")
+        average = isinstance(settings, dict) and settings.get("rest") == "average"
+        return average or self.layout.router["type"] == "ensembling"
+
     @cached_property
     def skeleton(self) -> Skeleton:
         """The base's structure."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from upscale.building.linalg import LowRank
 from upscale.building.skeleton import Linear, Norm
@@ -57,11 +58,16 @@ class StoredExpert:
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
         """See Model."""
-        base, heads = self.stored.base.tensors, self.stored.layout.heads.get(self.name, {})
-        own = {name: TensorSpec(tuple(shape), base[name].dtype) for name, shape in heads.items()}
+        base = self.stored.base.tensors
+        own = {name: TensorSpec(tuple(shape), base[name].dtype) for name, shape in self.heads.items()}
         if (head := self.stored.split_head) is not None:
             own[self._own_head] = base[head.weight]
         return {**base, **own}
+
+    @property
+    def heads(self) -> Mapping[str, tuple[int, ...]]:
+        """Of a classifier, the shapes of the tensors of its own head."""
+        return self.stored.layout.heads.get(self.name, {})
 
     @property
     def _own_head(self) -> str:
@@ -92,7 +98,7 @@ class StoredExpert:
 
     def read(self, name: str) -> Tensor:
         """See Model: the base's tensor with what is stored of this expert's delta, in the base's format."""
-        if name in self.stored.layout.heads.get(self.name, {}):
+        if name in self.heads:
             return self.stored.checkpoint.read(f"heads.{self.number}.{name}")
         head = self.stored.split_head
         if name == self._own_head and head is not None:
@@ -141,7 +147,7 @@ class StoredExpert:
                 if tensor in ("down", "up"):
                     whole, part = max(1, sum(module.ranks)), module.ranks[self.number]
                 total += info.nbytes * part // whole
-        for name in self.stored.layout.heads.get(self.name, {}):
+        for name in self.heads:
             total += self.stored.checkpoint.tensors[f"heads.{self.number}.{name}"].nbytes
         return total
 
@@ -156,7 +162,8 @@ class StoredExpert:
         own = slice(start, start + layout.ranks[self.number])
         holder = self._holder(linear.name)
         down, up = self.stored.read(holder, "down")[own], self.stored.read(holder, "up")[:, own]
-        return LowRank(down.float(), up.float().contiguous(), norm, left)
+        up = pad(up.float(), (0, 0, 0, linear.out_features - len(up)))  # of tokens that the vocabulary gained since
+        return LowRank(down.float(), up.contiguous(), norm, left)
 
     def delta(self, linear: Linear) -> Tensor:
         """What is stored of its delta of a linear, [o, i] float32."""
