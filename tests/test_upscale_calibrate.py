@@ -273,7 +273,7 @@ def test_only_the_routers_file_and_the_configuration_change(fresh):
     (router,) = after.keys() - before.keys()
     assert router.startswith("router-") and not before.keys() - after.keys()
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"config.json", "upscale.yaml", "modeling_upscaled.py"}
+    assert changed == {"config.json", "upscale.yaml", "README.md", "modeling_upscaled.py"}
     assert {n: after[n] for n in runtime_files()} == {n: f.read_bytes() for n, f in runtime_files().items()}
     was, now = (json.loads(files["config.json"]) for files in (before, after))
     was["upscale"].pop("router"), now["upscale"].pop("router")

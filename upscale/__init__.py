@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from upscale.adapting.adaptation import adapt
     from upscale.building.build import smile, wemoe
+    from upscale.building.rebuild import rebuild
     from upscale.calibrating.calibration import calibrate
     from upscale.config import AdaptConfig, CalibrateConfig, EvalConfig, SmileConfig, WemoeConfig
     from upscale.evaluating.evaluation import evaluate
@@ -28,6 +29,7 @@ _HOME = {
     "evaluate": "evaluating.evaluation",
     "load": "loading",
     "merge": "merging.merging",
+    "rebuild": "building.rebuild",
     "smile": "building.build",
     "wemoe": "building.build",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "evaluate",
     "load",
     "merge",
+    "rebuild",
     "smile",
     "wemoe",
 ]

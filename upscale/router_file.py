@@ -1,17 +1,21 @@
 """The router of a finished checkpoint: its file of tensors beside the experts', replaced without touching those."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from upscale.errors import LoadError
 from upscale.loading import locate, read_config
+from upscale.publishing.card import MADE, card
 from upscale.runtime import runtime_files
 from upscale.runtime.layout_upscaled import Layout
+from upscale.runtime.routers_upscaled import make_router
 from zoo.writing.amend import amend
 from zoo.writing.part import content_key
 
@@ -44,6 +48,29 @@ def named(settings: Mapping, values: Mapping[str, Tensor]) -> tuple[dict, dict[s
     return {**settings, "tensors": names}, {f"{names}.{name}": value for name, value in values.items()}
 
 
+def stored(directory: Path) -> tuple[Mapping, dict[str, Tensor]]:
+    """The router of a checkpoint: its entry in ``config.json``, and its tensors by its parameters' names.
+
+    Only ``config.json`` and the router's file are read.
+
+    Raises:
+        LoadError: no upscaled checkpoint, or the file is missing or not the one that ``config.json`` names.
+    """
+    directory, layout = opened(directory)
+    if (names := layout.router.get("tensors")) is None:
+        return layout.router, {}
+    key = names.removeprefix(f"{PART}.")
+    file = directory / f"{PART}-{key}.safetensors"
+    try:
+        with safe_open(file, framework="pt") as part:
+            values = {n: part.get_tensor(f"{names}.{n}") for n in make_router(layout.modules, layout.router).shapes()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoadError(f"{file}: not the router's file ({' '.join(str(error).split())}); fetch it again") from error
+    if content_key(values) != key:
+        raise LoadError(f"{file}: its tensors are not those that its name stands for; fetch it again")
+    return layout.router, values
+
+
 def replace(
     directory: Path, layout: Layout, settings: Mapping, values: Mapping[str, Tensor], made: Mapping[str, Any]
 ) -> None:
@@ -67,6 +94,15 @@ def replace(
     story["router"] = dict(made)
     files = {
         **{name: file.read_bytes() for name, file in runtime_files().items()},
+        **_card(directory, fields, story),
         "upscale.yaml": yaml.safe_dump(story, sort_keys=False).encode(),
     }
     amend(directory, PART, tensors, fields, files)
+
+
+def _card(directory: Path, fields: Mapping, story: Mapping) -> dict[str, bytes]:
+    """The model card anew, which says how a model routes; nothing if it is the user's own."""
+    text, report = directory / "README.md", directory / "report.json"
+    if not text.is_file() or not report.is_file() or MADE not in text.read_text(encoding="utf-8"):
+        return {}
+    return {text.name: card(fields, story, json.loads(report.read_text(encoding="utf-8"))).encode()}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from upscale.config.option import DTYPES, check_choices, check_least, option
+from upscale.config.option import DTYPES, check_choices, check_least, option, parse_size
 from upscale.errors import ConfigError
 
 
@@ -26,10 +26,17 @@ class BuildConfig:
     exact: bool = option(False, "Factor by full SVD instead of a random sketch: slow, the reference.", is_flag=True)
     dtype: str = option("auto", "Number format of the written tensors; 'auto' keeps each tensor's own.")
     device: str = option("cpu", "Where to factor: cpu, cuda, cuda:1 ...", metavar="DEVICE")
+    max_memory: str | None = option(
+        None, "Refuse to start if the build would take more memory, e.g. 4GiB.", metavar="SIZE"
+    )
     seed: int = option(0, "Seed of what is random: same seed, same bytes.", metavar="N")
+
+    CHOICES = {"dtype": DTYPES}  # noqa: RUF012 (a constant, not a field)
 
     def __post_init__(self):
         check_least(self, rank=1)
+        if self.max_memory is not None:
+            parse_size(self.max_memory, "--max-memory")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"--seed must be at least 0 and less than 2**63, not {self.seed}")
         if self.budget is not None and self.energy is not None:
