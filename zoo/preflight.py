@@ -91,7 +91,7 @@ def compared(base: Model, experts: Mapping[str, Model], vocabulary: str | None =
     Raises:
         CheckpointError: the base's tokenizer cannot take the experts' tokens.
     """
-    odd = {name: _unreadable(f"expert {name}", model) for name, model in experts.items()}
+    odd = {name: _unreadable(f"expert {name}", model) or _foreign(name, base, model) for name, model in experts.items()}
     if unreadable := _unreadable("base", base):
         return Verdict(base, experts, (*unreadable, *(line for lines in odd.values() for line in lines)), ())
     aligned = align(base, {name: model for name, model in experts.items() if not odd[name]}, vocabulary)
@@ -131,9 +131,13 @@ def _unreadable(who: str, model: Model) -> list[str]:
     return [f"{who}: tensor {odd[0]} is {model.tensors[odd[0]].dtype}, not a float of 16 bits or more"] if odd else []
 
 
-def _compare(name: str, base: Model, expert: Model, refused: Refused | None) -> list[str]:
-    if (theirs := expert.config["model_type"]) != (ours := base.config["model_type"]):
+def _foreign(name: str, base: Model, expert: Model) -> list[str]:
+    if (theirs := expert.config["model_type"]) != (ours := base.config.get("model_type")):
         return [f"expert {name}: architecture {theirs} is not the base's {ours}; it was not fine-tuned from this base"]
+    return []
+
+
+def _compare(name: str, base: Model, expert: Model, refused: Refused | None) -> list[str]:
     own = head(base).keys() | head(expert).keys()
     have, want = ({n: info for n, info in parameters(m).items() if n not in own} for m in (expert, base))
     lines = [

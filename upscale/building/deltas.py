@@ -1,19 +1,21 @@
 """What a build writes for a tensor, a norm or a linear: from the base's weights and the experts' deltas, in float32."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from upscale.building.linalg import LowRank
+from upscale.building.linalg import LowRank, norm_of
 from upscale.building.plan import Plan
 from upscale.building.report import RestReport
 from upscale.building.skeleton import Linear, Norm
 from upscale.building.stored_expert import StoredExpert
 from upscale.building.vectors import UpscaledLinear
 from upscale.errors import NonFiniteError
-from zoo import Checkpoint
+from zoo import Model
+from zoo.reading.product import Product
 
 
 def _delta(plan: Plan, expert: str, name: str, origin: Tensor) -> Tensor:
@@ -44,7 +46,8 @@ def rest_tensor(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
             if isinstance(model, StoredExpert):
                 norms[expert] = model.measured(name)[0]
             else:
-                norms[expert] = float(torch.linalg.vector_norm(_delta(plan, expert, name, base)))
+                product = model.product(name)
+                norms[expert] = norm_of(_delta(plan, expert, name, base) if product is None else product)
         return source, RestReport(name, norms, norms)
     merged = plan.merging(base, deltas())
     if not any(norms.values()):
@@ -101,16 +104,8 @@ def _report(tensor: str, norms: Mapping[str, tuple[float, float]]) -> RestReport
 
 def upscaled_linear(plan: Plan, linear: Linear) -> UpscaledLinear | None:
     """Hand the deltas of one linear to the method; None if it stays plain."""
-    origin = _origin(plan, linear)
-
-    def deltas() -> Iterator[tuple[str, Tensor | LowRank]]:  # one at a time: each is as large as the linear in float32
-        for expert, model in plan.experts.items():
-            if isinstance(model, StoredExpert):
-                yield expert, model.factors(linear).to(plan.config.device)
-                continue
-            delta = _delta(plan, expert, linear.weight, origin)
-            yield expert, delta.mT if linear.transposed else delta
-
+    origin = cache(lambda: _origin(plan, linear))  # not read where every expert is stored as factors
+    deltas = ((expert, _change_of(plan, expert, linear, origin)) for expert in plan.experts)  # one in memory at a time
     bias_deltas = None
     if (name := linear.bias) is not None:
         base = _read(plan.base, name, plan.config.device)
@@ -119,7 +114,18 @@ def upscaled_linear(plan: Plan, linear: Linear) -> UpscaledLinear | None:
             for expert, model in plan.experts.items()
         }
     ranks, seeds = plan.layouts[linear.name].ranks, [own.seed for own in plan.settings.values()]
-    return plan.method.upscale_linear(linear, deltas(), bias_deltas, ranks, seeds, plan.config)
+    return plan.method.upscale_linear(linear, deltas, bias_deltas, ranks, seeds, plan.config)
+
+
+def _change_of(plan: Plan, expert: str, linear: Linear, origin: Callable[[], Tensor]) -> Tensor | Product | LowRank:
+    """An expert's delta of a linear, [o, i]: as factors where it is stored so, else in float32."""
+    model = plan.experts[expert]
+    if isinstance(model, StoredExpert):
+        return model.factors(linear).to(plan.config.device)
+    merged = plan.merging is not None and linear.weight in plan.rest  # what is written is not the base's own
+    product = None if merged else model.product(linear.weight)
+    change = _delta(plan, expert, linear.weight, origin()) if product is None else product.to(plan.config.device)
+    return change.mT if linear.transposed else change
 
 
 def _origin(plan: Plan, linear: Linear) -> Tensor:
@@ -130,5 +136,5 @@ def _origin(plan: Plan, linear: Linear) -> Tensor:
     return written.to(plan.config.device).float()
 
 
-def _read(model: Checkpoint, name: str, device: str) -> Tensor:
+def _read(model: Model, name: str, device: str) -> Tensor:
     return model.read(name).to(device).float()

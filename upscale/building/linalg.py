@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from upscale.errors import NonFiniteError
+from zoo.reading.product import Product
 
 OVERSAMPLE = 16  # extra columns of the sketch (Halko, Martinsson & Tropp 2011, section 4.2 suggests 5 to 10)
 POWER_ITERATIONS = 2
@@ -33,7 +34,7 @@ class LowRank:
         return LowRank(self.down.to(device), self.up.to(device), self.norm, self.left)
 
 
-def factor(delta: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> LowRank:
+def factor(delta: Tensor | Product, rank: int, *, exact: bool = False, seed: int = 0) -> LowRank:
     """Factor ``delta`` to ``rank`` by a randomised range finder, or by full SVD, with the error that this leaves.
 
     The error is measured, not estimated: ``up @ down`` is an orthogonal projection of ``delta``, so that
@@ -41,7 +42,8 @@ def factor(delta: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> L
     the small SVD of section 5.1).
 
     Args:
-        delta: [o, i], any float dtype and device; computed there in float32.
+        delta: [o, i], any float dtype and device; computed there in float32. Of factors the SVD is exact, and never of
+            a matrix larger than their rank.
         rank: at least 0; clamped to min(o, i), and to the numerical rank of ``delta``.
         exact: full SVD, the reference.
         seed: of the sketch; same seed, same factors.
@@ -52,11 +54,13 @@ def factor(delta: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> L
     Raises:
         NonFiniteError: NaN or infinity in ``delta``.
     """
-    delta = delta.float()
-    norm = float(torch.linalg.vector_norm(delta))
+    norm = norm_of(delta)
     if not norm < float("inf"):
         raise NonFiniteError(f"a delta of shape {list(delta.shape)} has NaN or infinite values")
     o, i = delta.shape
+    if isinstance(delta, Product):
+        return _of_product(delta, rank, norm)
+    delta = delta.float()
     if norm == 0.0 or rank == 0:
         return LowRank(delta.new_zeros(0, i), delta.new_zeros(o, 0), norm, norm)
     if exact or rank + OVERSAMPLE >= min(o, i):
@@ -71,6 +75,34 @@ def factor(delta: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> L
     if left > _CANCELLED * norm**2:
         return LowRank(down, up, norm, left**0.5)
     return LowRank(down, up, norm, float(torch.linalg.vector_norm(delta - up @ down)))
+
+
+def norm_of(delta: Tensor | Product) -> float:
+    """Frobenius norm of a delta, in float32."""
+    if isinstance(delta, Product):
+        delta = _core(delta)[1]
+    return float(torch.linalg.vector_norm(delta.float()))
+
+
+def singular_values(product: Product) -> Tensor:
+    """Singular values of a product [m, n] of rank r, largest first: [min(m, n, r)] float32."""
+    return torch.linalg.svdvals(_core(product)[1])
+
+
+def _core(product: Product) -> tuple[Tensor, Tensor, Tensor]:
+    """``q c p.T`` with orthonormal columns in q [m, r] and p [n, r]: the small c [r, r] has all singular values."""
+    q, left = torch.linalg.qr(product.left)
+    p, right = torch.linalg.qr(product.right.mT)
+    return q, left @ right.mT, p
+
+
+def _of_product(product: Product, rank: int, norm: float) -> LowRank:
+    q, core, p = _core(product)
+    u, s, v = torch.linalg.svd(core, full_matrices=False)
+    least = (s[0] if len(s) else 0.0) * max(product.shape) * torch.finfo(torch.float32).eps
+    kept = min(rank, int((s > least).sum()))
+    down, up = (v[:kept] @ p.mT).contiguous(), (q @ (u[:, :kept] * s[:kept])).contiguous()
+    return LowRank(down, up, norm, float(torch.linalg.vector_norm(s[kept:])))
 
 
 def _sketched_svd(a: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

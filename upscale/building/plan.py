@@ -13,7 +13,7 @@ from upscale.config import BuildConfig
 from upscale.device import check_device
 from upscale.merging.merging import Merging
 from upscale.runtime.layout_upscaled import EMBEDDING, NORM, ModuleLayout, stored_dtype
-from zoo import Checkpoint, TensorSpec, Verdict
+from zoo import Model, TensorSpec, Verdict
 from zoo.preflight import parameters
 from zoo.reading.heads import head
 
@@ -40,8 +40,8 @@ class Plan:
         declared: every tensor that may be written.
     """
 
-    base: Checkpoint
-    experts: Mapping[str, Checkpoint]
+    base: Model
+    experts: Mapping[str, Model]
     method: Method
     config: BuildConfig
     settings: Mapping[str, BuildConfig]

@@ -17,7 +17,7 @@ from upscale.errors import PlanError
 from upscale.runtime.architecture_upscaled import model_class, reads_whole
 from upscale.runtime.layout_upscaled import EMBEDDING, LINEAR
 from upscale.runtime.router_upscaled import in_block
-from zoo import Checkpoint
+from zoo import Model
 from zoo.preflight import parameters
 
 
@@ -78,12 +78,12 @@ class Skeleton:
     whole: Sequence[str] = ()
 
 
-def linears(checkpoint: Checkpoint) -> list[Linear]:
+def linears(checkpoint: Model) -> list[Linear]:
     """The linears of ``skeleton(checkpoint)``."""
     return list(skeleton(checkpoint).linears)
 
 
-def skeleton(checkpoint: Checkpoint) -> Skeleton:
+def skeleton(checkpoint: Model) -> Skeleton:
     """The modules of a checkpoint's causal LM that can take experts, found by building it on ``meta``.
 
     Structure decides, not names. A linear counts if it is an ``nn.Linear`` or ``Conv1D`` that lies in a module list, or
@@ -150,7 +150,7 @@ def _norm_offset(module: nn.Module) -> float | None:
     return offset if is_norm else None
 
 
-def _stored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
+def _stored_names(checkpoint: Model, model: PreTrainedModel) -> dict[str, str]:
     """The checkpoint's tensor names by the model's: transformers renames some, others lack the base model's prefix."""
     renamings = [m for m in get_model_conversion_mapping(model) if isinstance(m, WeightRenaming)]
     known, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."

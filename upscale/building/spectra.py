@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from upscale.building import spectra_cache
-from upscale.building.linalg import factor
+from upscale.building.linalg import factor, norm_of, singular_values
 from upscale.device import check_device
 from upscale.errors import NonFiniteError
-from zoo import Checkpoint, Verdict
+from zoo import Model, Verdict
+from zoo.reading.product import Product
 
 OVERLAP_RANK = 16  # leading directions of each expert that are compared
 _ROWS = 4096  # of a delta in float64 at once
@@ -181,12 +183,13 @@ def _overlap(module: Module) -> str:
 @torch.no_grad()
 def _module(verdict: Verdict, module: Module, device: str, step: Callable[[str], None]) -> tuple[Tensor, Tensor]:
     """Squared singular values [E, n] and overlap [E, E] of a module, float64 on the CPU."""
-    base = _read(verdict.base, module.weight, device)
+    base = cache(lambda: _read(verdict.base, module.weight, device))
     energies, subspaces = [], []
     for number, (expert, model) in enumerate(verdict.experts.items()):
-        delta = _read(model, module.weight, device).sub_(base)
-        if not float(torch.linalg.vector_norm(delta)) < float("inf"):
-            who = f"expert {expert}" if base.isfinite().all() else "base"
+        product = model.product(module.weight)
+        delta = _read(model, module.weight, device).sub_(base()) if product is None else product.to(device)
+        if not norm_of(delta) < float("inf"):
+            who = f"expert {expert}" if base().isfinite().all() else "base"
             raise NonFiniteError(f"{who}: tensor {module.weight} has NaN or infinite values; is the download complete?")
         delta = delta.mT if module.transposed else delta
         energies.append(squared_singular_values(delta).cpu())
@@ -196,15 +199,18 @@ def _module(verdict: Verdict, module: Module, device: str, step: Callable[[str],
     return torch.stack(energies), overlap(subspaces).cpu()
 
 
-def _read(model: Checkpoint, name: str, device: str) -> Tensor:
+def _read(model: Model, name: str, device: str) -> Tensor:
     return model.read(name).to(device).float()
 
 
-def squared_singular_values(delta: Tensor) -> Tensor:
+def squared_singular_values(delta: Tensor | Product) -> Tensor:
     """Squared singular values of ``delta`` [o, i], any float dtype: [min(o, i)] float64, largest first.
 
     They are the eigenvalues of the Gram matrix of the shorter side. Those below its rounding are 0.
     """
+    if isinstance(delta, Product):
+        squares = singular_values(delta).double().square()
+        return pad(squares, (0, min(delta.shape) - len(squares)))
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.mT
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=delta.device)
     for rows in tall.split(_ROWS):  # an embedding in float64 would be large

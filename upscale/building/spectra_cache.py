@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from zoo import Checkpoint, Verdict
+from zoo import Model, Verdict
 
 _FORMAT = 1  # raise it when what is computed changes
 
@@ -46,8 +46,9 @@ def save(file: Path, tensors: Mapping[str, Tensor]) -> None:
             (Path(scratch) / file.name).replace(file)
 
 
-def _stamp(model: Checkpoint) -> list:
+def _stamp(model: Model) -> list:
+    shapes = [list(spec.shape) for spec in model.tensors.values()]  # which a group's vocabulary may change
     if model.path.parent.name == "snapshots":  # models--org--name/snapshots/<commit> of the Hub's cache
-        return [model.path.parent.parent.name, model.path.name]
-    files = sorted({info.file.resolve() for info in model.tensors.values()})
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        return [model.path.parent.parent.name, model.path.name, shapes]
+    files = sorted(file.resolve() for file in model.files)
+    return [*([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files), shapes]

@@ -11,9 +11,10 @@ from upscale.building.skeleton import Linear
 from upscale.errors import NonFiniteError
 from upscale.runtime.dense_upscaled import pack
 from upscale.runtime.layout_upscaled import DENSE, SPARSE, ModuleLayout
+from zoo.reading.product import Product
 
 # (expert, its delta [o, i] float32, or the factors that are stored of it), taken one at a time
-Deltas = Iterable[tuple[str, Tensor | LowRank]]
+Deltas = Iterable[tuple[str, Tensor | Product | LowRank]]
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,10 @@ def entries_kept(linear: Linear, density: float) -> int:
     return max(1, round(density * linear.in_features * linear.out_features))
 
 
-def _whole(delta: Tensor | LowRank) -> Tensor:
-    return delta.up @ delta.down if isinstance(delta, LowRank) else delta
+def _whole(delta: Tensor | Product | LowRank) -> Tensor:
+    if isinstance(delta, LowRank):
+        return delta.up @ delta.down
+    return delta.dense() if isinstance(delta, Product) else delta
 
 
 def _bias(biases: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -5,13 +5,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from upscale.commands.display import console, size
-from upscale.commands.options import group_and_rest, inline_group
+from upscale.commands.options import GivenGroup, group_and_rest, group_options
 
 
 @click.command()
 @click.argument("paths", nargs=-1, metavar="[GROUP]")
-@inline_group
-def check(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...]) -> None:
+@group_options
+def check(paths: tuple[str, ...], given: GivenGroup) -> None:
     """Compare every expert of GROUP with its base, from configurations and headers alone.
 
     Prints one verdict with every mismatch; exits with 1 if the group cannot be upscaled.
@@ -23,7 +23,7 @@ def check(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...]) ->
     """
     import zoo
 
-    group, _ = group_and_rest(paths, base, experts, rest=0)
+    group, _ = group_and_rest(paths, given, rest=0)
     verdict = zoo.check(group)
     table = Table(title="Group", title_justify="left")
     for column in ("model", "source", "architecture", "tensors", "formats", "size"):

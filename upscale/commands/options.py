@@ -1,20 +1,22 @@
 """Options that commands share: settings from dataclasses, and a group given as a file or inline."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 from typing import Any
 
 import click
 
 from upscale.errors import TaskError
 from zoo import Group, GroupError
+from zoo.group import VOCABULARIES
 
 
-def settings(config: type) -> Callable[[Callable], Callable]:
-    """Decorate a command with one option for each field of a configuration dataclass, help text and all."""
+def settings(config: type, *only: str) -> Callable[[Callable], Callable]:
+    """Decorate a command with one option for each field of a configuration dataclass, help and all; or for ``only`` some."""
 
     def decorate(command: Callable) -> Callable:
-        for field in reversed(fields(config)):
+        for field in reversed([field for field in fields(config) if field.name in only or not only]):
             extra: dict[str, Any] = dict(field.metadata["click"])
             if field.name in config.CHOICES:  # type: ignore[attr-defined]
                 extra["type"] = click.Choice(config.CHOICES[field.name])  # type: ignore[attr-defined]
@@ -57,21 +59,53 @@ def prompt_files(prompts: tuple[str, ...]) -> dict[str, list[str]]:
     return files
 
 
-def inline_group(command: Callable) -> Callable:
-    """Decorate a command with --base and --expert NAME=MODEL."""
-    command = click.option(
-        "--expert", "experts", multiple=True, metavar="NAME=MODEL", help="An expert of an inline group; repeat it."
-    )(command)
-    return click.option("--base", metavar="MODEL", help="The base of an inline group, instead of GROUP.")(command)
+@dataclass(frozen=True)
+class GivenGroup:
+    """What the command line says of a group, beside the file of one."""
+
+    base: str | None
+    experts: tuple[str, ...]
+    vocabulary: str | None
+    allow_pickle: bool
 
 
-def group_and_rest(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], rest: int) -> tuple[Group, list]:
+def group_options(command: Callable) -> Callable:
+    """Decorate a command with the options of a group, which it gets as one argument ``given``."""
+
+    @wraps(command)
+    def run(
+        *args, base: str | None, experts: tuple[str, ...], vocabulary: str | None, allow_pickle: bool, **kwargs
+    ) -> Any:
+        return command(*args, given=GivenGroup(base, experts, vocabulary, allow_pickle), **kwargs)
+
+    for option in (
+        click.option(
+            "--allow-pickle",
+            is_flag=True,
+            help="Read pytorch_model.bin where there is no safetensors file: tensors alone, no code is run.",
+        ),
+        click.option(
+            "--vocabulary",
+            type=click.Choice(VOCABULARIES),
+            help="Where embeddings have more or fewer rows than the base's: keep the base's, or the union of all.",
+        ),
+        click.option(
+            "--expert", "experts", multiple=True, metavar="NAME=MODEL", help="An expert of an inline group; repeat it."
+        ),
+        click.option("--base", metavar="MODEL", help="The base of an inline group, instead of GROUP."),
+    ):
+        run = option(run)
+    return run
+
+
+def group_and_rest(paths: tuple[str, ...], given: GivenGroup, rest: int) -> tuple[Group, list]:
     """The group, from the first of ``paths`` or from the flags, and the ``rest`` of the paths.
 
     Raises:
         click.UsageError: too few or too many paths.
         GroupError: a flag that is no NAME=MODEL, or a name twice.
     """
+    base, experts = given.base, given.experts
     inline = base is not None or bool(experts)
     wanted = rest + (0 if inline else 1)
     if len(paths) != wanted:
@@ -81,7 +115,9 @@ def group_and_rest(paths: tuple[str, ...], base: str | None, experts: tuple[str,
             "a group is either GROUP or --base and --expert"
         )
     if not inline:
-        return Group.load(paths[0]), list(paths[1:])
+        group = Group.load(paths[0])
+        vocabulary = given.vocabulary or group.vocabulary
+        return replace(group, vocabulary=vocabulary, allow_pickle=given.allow_pickle), list(paths[1:])
     if base is None:
         raise GroupError("an inline group needs --base MODEL beside --expert")
     named: dict[str, str] = {}
@@ -92,4 +128,4 @@ def group_and_rest(paths: tuple[str, ...], base: str | None, experts: tuple[str,
         if name in named:
             raise GroupError(f"--expert {name}: given twice; names must differ")
         named[name] = model
-    return Group.of(base, named), list(paths)
+    return Group.of(base, named, vocabulary=given.vocabulary, allow_pickle=given.allow_pickle), list(paths)

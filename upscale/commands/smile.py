@@ -3,16 +3,16 @@
 import click
 
 from upscale.commands.building import run
-from upscale.commands.options import group_and_rest, inline_group, settings
+from upscale.commands.options import GivenGroup, group_and_rest, group_options, settings
 from upscale.config import SmileConfig
 
 
 @click.command()
 @click.argument("paths", nargs=-1, metavar="[GROUP] OUT")
-@inline_group
+@group_options
 @settings(SmileConfig)
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-def smile(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], dry_run: bool, **options) -> None:
+def smile(paths: tuple[str, ...], given: GivenGroup, dry_run: bool, **options) -> None:
     """Build OUT, one SMILE model from all models of GROUP, without data or training.
 
     OUT must not exist; it appears only when it is complete.
@@ -25,5 +25,5 @@ def smile(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], dr
     """
     from upscale.building.methods import smile as method
 
-    group, (out,) = group_and_rest(paths, base, experts, rest=1)
+    group, (out,) = group_and_rest(paths, given, rest=1)
     run(method, group, out, SmileConfig(**options), dry_run=dry_run)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from upscale.commands.display import console, progress_bar, quiet_libraries, shade, size
-from upscale.commands.options import group_and_rest, inline_group
+from upscale.commands.options import GivenGroup, group_and_rest, group_options
 from upscale.errors import ConfigError
 
 RANKS = (8, 16, 32, 64, 128)
@@ -19,7 +19,7 @@ ENERGIES = (0.9, 0.95, 0.99)
 
 @click.command()
 @click.argument("paths", nargs=-1, metavar="[GROUP]")
-@inline_group
+@group_options
 @click.option(
     "--rank",
     default=64,
@@ -33,8 +33,7 @@ ENERGIES = (0.9, 0.95, 0.99)
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda ...")
 def spectra(
     paths: tuple[str, ...],
-    base: str | None,
-    experts: tuple[str, ...],
+    given: GivenGroup,
     rank: int,
     plot: str | None,
     json_file: str | None,
@@ -65,7 +64,7 @@ def spectra(
         check_drawing(Path(plot))
     for option, file in (("--plot", plot), ("--json", json_file)):
         _check_writable(option, file)
-    group, _ = group_and_rest(paths, base, experts, rest=0)
+    group, _ = group_and_rest(paths, given, rest=0)
     quiet_libraries()
     verdict = zoo.check(group)
     # What `upscale smile` makes of the group by default, and with the least of it.

@@ -3,16 +3,16 @@
 import click
 
 from upscale.commands.building import run
-from upscale.commands.options import group_and_rest, inline_group, settings
+from upscale.commands.options import GivenGroup, group_and_rest, group_options, settings
 from upscale.config import WemoeConfig
 
 
 @click.command()
 @click.argument("paths", nargs=-1, metavar="[GROUP] OUT")
-@inline_group
+@group_options
 @settings(WemoeConfig)
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-def wemoe(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], dry_run: bool, **options) -> None:
+def wemoe(paths: tuple[str, ...], given: GivenGroup, dry_run: bool, **options) -> None:
     """Build OUT, one WEMoE model from all models of GROUP: merged, but for the MLPs, which keep every task vector.
 
     Until its routers are adapted (upscale adapt) it is the merge. OUT must not exist; it appears when it is complete.
@@ -25,5 +25,5 @@ def wemoe(paths: tuple[str, ...], base: str | None, experts: tuple[str, ...], dr
     """
     from upscale.building.methods import wemoe as method
 
-    group, (out,) = group_and_rest(paths, base, experts, rest=1)
+    group, (out,) = group_and_rest(paths, given, rest=1)
     run(method, group, out, WemoeConfig(**options), dry_run=dry_run)

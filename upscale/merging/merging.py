@@ -12,7 +12,6 @@ from upscale.errors import ConfigError
 from upscale.merging.ties import elect, thresholds
 from zoo import Group, Verdict, Writer, check
 from zoo.preflight import parameters
-from zoo.reading.companions import companions
 from zoo.reading.heads import head
 
 METHODS = ("average", "task-arithmetic", "ties")
@@ -77,7 +76,7 @@ def merge(
             own = name in head(verdict.base)  # classes of one expert mean nothing to another: the base's stays
             tensor = source if own else merged(source.float(), _deltas(verdict, name)).to(source.dtype)
             writer.write(name, tensor)
-        writer.commit(verdict.base.config, companions(verdict.base.path))
+        writer.commit(verdict.base.config, verdict.base.companions)
 
 
 def merging(verdict: Verdict, method: str, scaling: float | None = None, density: float = 0.2) -> Merging:

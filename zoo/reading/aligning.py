@@ -147,8 +147,6 @@ def align(base: Model, experts: Mapping[str, Model], vocabulary: str | None) -> 
             f"heads are tied in some models and not in others ({', '.join(untied)}); the result has one of its own"
         )
         views = {name: _with_head(view) if tied[name] else view for name, view in views.items()}
-        config = {**views[""].config, "tie_word_embeddings": False}
-        views = {name: replace(view, config=config) if tied[name] else view for name, view in views.items()}
     base_view, of_experts = views.pop(""), views
     if not (differing := {name: d for name, view in of_experts.items() if (d := _differing(base_view, view))}):
         return Alignment(_bare(base_view), _all_bare(of_experts), {}, tuple(warnings), {})
@@ -201,7 +199,9 @@ def _with_vocabulary(config: Mapping, size: int) -> dict:
 
 def _with_head(view: View) -> View:
     embedding = embedding_of(view)
-    return replace(view, tensors={**view.tensors, HEAD: view.tensors[embedding]}, alias={HEAD: embedding})
+    config = {**view.config, "tie_word_embeddings": False}
+    tensors = {**view.tensors, HEAD: view.tensors[embedding]}
+    return replace(view, config=config, tensors=tensors, alias={HEAD: embedding})
 
 
 def _differing(base: View, expert: View) -> tuple[list[str], int, int] | None:

@@ -119,7 +119,7 @@ def extended_tokenizer(base: Model, added: Mapping[int, Token]) -> dict[str, byt
         )
     content: Any = folder.read_json(TOKENIZER)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    entries = [{**plain, **t.entry, "id": n, "content": t.text} for n, t in sorted(added.items())]
+    entries: list[dict] = [{**plain, **t.entry, "id": n, "content": t.text} for n, t in sorted(added.items())]
     content["added_tokens"] = sorted([*(content.get("added_tokens") or []), *entries], key=lambda entry: entry["id"])
     changed = {TOKENIZER: _dump(content)}
     if (base.path / _SETTINGS).is_file():
