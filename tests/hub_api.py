@@ -14,6 +14,7 @@ from tests.hub_repos import ORGS, TOKENS, Refused, Repo, Request, Stored, owned
 if TYPE_CHECKING:
     from tests.hub import Hub
 
+LICENCES = ["apache-2.0", "mit", "llama3.1", "other"]  # some of those that the Hub knows
 DATE = "2026-01-01T00:00:00.000Z"
 _REPO = r"(?P<repo>[^/]+/[^/]+?)"
 _MODEL = f"/api/models/{_REPO}"
@@ -155,6 +156,9 @@ class Answer(BaseHTTPRequestHandler):
         self.send(200, about)
 
     def validate(self) -> None:
+        said = re.search(r"^license: (\S+)$", json.loads(self.data)["content"], re.MULTILINE)
+        if said and said[1] not in LICENCES:
+            raise Refused(400, "", f'"license" must be one of {LICENCES}')
         self.send(200, {"errors": [], "warnings": []})
 
     def info(self, repo: Repo, rev: str = "main") -> None:

@@ -46,7 +46,7 @@ class _Commands(click.Group):
         except BaseException as error:
             if (number := ctx.meta.get("signal")) is not None:  # native code may have made any error of it
                 word = "Interrupted" if number == signal.SIGINT else "Terminated"
-                click.echo(f"{word}; nothing unfinished was left behind.", err=True)
+                click.echo(f"{word}; {ctx.meta.get('left', 'nothing unfinished was left behind')}.", err=True)
                 sys.exit(128 + number)
             if isinstance(error, MismatchError):
                 lines = ["the group does not fit together:", *error.mismatches]

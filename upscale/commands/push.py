@@ -21,7 +21,9 @@ from upscale.commands.display import console, size
 @click.option("--no-xet", is_flag=True, help="Upload by plain LFS, as servers other than huggingface.co need it.")
 @click.option("--no-verify", is_flag=True, help="Do not check the files first.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent, and send nothing.")
+@click.pass_context
 def push(
+    ctx: click.Context,
     directory: str,
     repo: str,
     private: bool,
@@ -50,6 +52,7 @@ def push(
     from upscale.publishing.publish import check, pack, publish
     from zoo.hub.push import Target
 
+    ctx.meta["left"] = "nobody sees what was sent; run it again to go on"
     target = Target(repo, revision, private, pr, token)
     parcel = pack(directory, repo, licence)
     for note in parcel.notes:

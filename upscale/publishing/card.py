@@ -81,9 +81,7 @@ def card(
     title = name if name.count("/") == 1 else f"{base.name} + {', '.join(experts)}"
     parts = [
         f"# {title.rpartition('/')[2]}",
-        f"One model made of `{base.name}` and {len(experts)} fine-tune{'s' * (len(experts) > 1)} of it by "
-        f"{section['method'].upper()} upscaling (upscale-zoo {recipe.get('upscale_zoo', '')}): "
-        f"{_SUMMARIES[section['method']]}",
+        f"{_opening(base, len(experts), section['method'], recipe)}: {_SUMMARIES[section['method']]}",
         "## Use\n\n"
         + _USE.format(name=name, first=experts[0], auto=auto).strip()
         + (_SERVE.format(name=name) if auto == _CAUSAL else "").rstrip(),
@@ -97,6 +95,15 @@ def card(
     parts += ["## Limits\n\n" + _LIMITS.format(kept=_kept(report)).strip(), MADE]
     data = _metadata(title, auto, section["method"], [base, *tunes], licence, results, experts)
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _opening(base: Origin, experts: int, method: str, recipe: Mapping[str, Any]) -> str:
+    version, upscaling = f"upscale-zoo {recipe.get('upscale_zoo', '')}", f"{method.upper()} upscaling"
+    if "imported" in recipe:
+        return f"`{base.name}`, a base and {experts} of its fine-tunes by {upscaling}, converted by {version}"
+    return (
+        f"One model made of `{base.name}` and {experts} fine-tune{'s' * (experts > 1)} of it by {upscaling} ({version})"
+    )
 
 
 def _metadata(

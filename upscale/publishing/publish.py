@@ -1,6 +1,7 @@
 """Push a checkpoint: its card first, then the check of its files, then all of it in one commit."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -69,6 +70,7 @@ def pack(directory: str | Path, repo: str, licence: str | None = None) -> Parcel
     if public(recipe) != recipe:
         files[RECIPE] = recipe_bytes(public(recipe))
         notes.append(f"{RECIPE} is sent without the directories of local sources")
+    notes += [f"{name} names your home directory, which everybody will read" for name in _homely(files)]
     results = []
     if _RESULTS in found:
         results = read_results(found[_RESULTS])
@@ -121,6 +123,13 @@ def _own(text: str, licence: str | None, directory: Path) -> tuple[str, str]:
     for key, value in front_matter(licence).items():
         own.data[key] = value
     return str(own), licence
+
+
+def _homely(files: Mapping[str, Path | bytes]) -> list[str]:
+    """The settings in which a path of this user stands; of the base's, which are copied as they are."""
+    home = str(Path.home()).encode() + b"/"
+    settings = {name: file for name, file in files.items() if name.endswith(("config.json", ".yaml"))}
+    return [n for n, f in settings.items() if home in (f.read_bytes() if isinstance(f, Path) else f)]
 
 
 def _without_rows(file: Path) -> bytes:

@@ -82,7 +82,7 @@ def _reason(error: Exception, no_directory: str) -> str:
     from huggingface_hub import errors as hub
 
     if isinstance(error, hub.GatedRepoError):  # a subclass of RepositoryNotFoundError: must come first
-        return f"gated; accept its terms at {constants.ENDPOINT}, and {_LOGIN}"
+        return f"gated; accept its terms on its page, and {_LOGIN}"
     if isinstance(error, hub.RepositoryNotFoundError):
         access = "your token cannot see it" if get_token() else _LOGIN
         return f"{no_directory}no such model on the Hub; check the spelling, or if it is private: {access}"
@@ -104,7 +104,8 @@ def _reason(error: Exception, no_directory: str) -> str:
     if status == 412:
         return "somebody else changed it meanwhile; look at the change, then run this again"
     if status is not None:
-        return f"the Hub answers {status}: {_line(error)}; try again later"
+        said = getattr(error, "server_message", None) or "without a reason"
+        return f"the Hub answers {status} ({said}); try again later"
     if constants.HF_HUB_OFFLINE:
         return f"{no_directory}the Hub is not asked offline; unset HF_HUB_OFFLINE, or check the spelling of the path"
     return (

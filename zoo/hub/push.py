@@ -32,7 +32,7 @@ class Target:
         if self.pull_request and self.revision is not None:
             raise HubError("--pr and --revision exclude each other: a pull request is a branch of its own")
         if self.repo.count("/") != 1:
-            raise HubError(f"{self.repo}: not a model's id; write org/name")
+            raise HubError(f"{self.repo}: not a model's id; write org/name (data sets and Spaces hold no models)")
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,24 @@ def push(files: Mapping[str, Path | bytes], target: Target, *, owned: Callable[[
     require_token(target.repo, target.token)
     api = HfApi(token=target.token)
     with asking(target.repo):
+        if "README.md" in files:
+            retried(lambda: _validate(target, files["README.md"]))
         retried(lambda: _prepare(api, target))
         additions = {
             name: CommitOperationAdd(name, str(file) if isinstance(file, Path) else file)
             for name, file in sorted(files.items())
         }
         return retried(lambda: _commit(api, target, additions, owned, title))
+
+
+def _validate(target: Target, card: Path | bytes) -> None:
+    """Ask the Hub whether it would take the card."""
+    from huggingface_hub import ModelCard
+
+    try:
+        ModelCard((card.read_bytes() if isinstance(card, Path) else card).decode()).validate()
+    except ValueError as error:
+        raise HubError(f"{target.repo}: the Hub refuses README.md: {' '.join(str(error).split())}") from error
 
 
 def _prepare(api: Any, target: Target) -> None:
