@@ -37,8 +37,8 @@ def of_linears(name):
 def linear_group(architecture, root):
     """A group whose experts changed nothing but what a LoRA holds; the second not everywhere."""
     base = save_model(architecture.model(seed=0), root / "base")
-    half = perturbed(architecture, 2, names=lambda name: of_linears(name) and ".1." in name)
-    tunes = {"whole": perturbed(architecture, 1, names=of_linears), "half": half}
+    part = perturbed(architecture, 2, names=lambda name: of_linears(name) and ".1." in name)
+    tunes = {"whole": perturbed(architecture, 1, names=of_linears), "part": part}
     return Group.of(base, {name: save_model(model, root / name) for name, model in tunes.items()})
 
 
