@@ -74,6 +74,15 @@ def check(group: Group) -> Verdict:
         CheckpointError: a directory is no readable checkpoint or adapter; the message names the expert.
     """
     base = Checkpoint.open(group.base.folder(allow_pickle=group.allow_pickle), allow_pickle=group.allow_pickle)
+    return check_against(base, group)
+
+
+def check_against(base: Checkpoint, group: Group) -> Verdict:
+    """``check`` with a base that is open already: as another checkpoint holds it, if the group's own is gone.
+
+    Raises:
+        SourceError, CheckpointError: see ``check``.
+    """
     experts, doubts = {}, []
     for name, source in group.experts.items():
         try:
@@ -91,9 +100,11 @@ def compared(base: Model, experts: Mapping[str, Model], vocabulary: str | None =
     Raises:
         CheckpointError: the base's tokenizer cannot take the experts' tokens.
     """
-    odd = {name: _unreadable(f"expert {name}", model) or _foreign(name, base, model) for name, model in experts.items()}
-    if unreadable := _unreadable("base", base):
+    unreadable = _unreadable("base", base)
+    odd = {name: _unreadable(f"expert {name}", model) for name, model in experts.items()}
+    if unreadable:
         return Verdict(base, experts, (*unreadable, *(line for lines in odd.values() for line in lines)), ())
+    odd = {name: lines or _foreign(name, base, experts[name]) for name, lines in odd.items()}
     aligned = align(base, {name: model for name, model in experts.items() if not odd[name]}, vocabulary)
     mismatches, warnings = [], list(aligned.warnings)
     for name in experts:
@@ -132,7 +143,7 @@ def _unreadable(who: str, model: Model) -> list[str]:
 
 
 def _foreign(name: str, base: Model, expert: Model) -> list[str]:
-    if (theirs := expert.config["model_type"]) != (ours := base.config.get("model_type")):
+    if (theirs := expert.config["model_type"]) != (ours := base.config["model_type"]):
         return [f"expert {name}: architecture {theirs} is not the base's {ours}; it was not fine-tuned from this base"]
     return []
 

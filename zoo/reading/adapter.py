@@ -108,8 +108,9 @@ class Adapter:
 
     @property
     def config(self) -> Mapping:
-        """The base's: a LoRA changes none of it."""
-        return self.base.config
+        """The base's, whose head is no longer tied if the adapter parts it from the embedding."""
+        parted = HEAD in self.tensors and HEAD not in self.base.tensors
+        return {**self.base.config, "tie_word_embeddings": False} if parted else self.base.config
 
     @property
     def files(self) -> Sequence[Path]:
