@@ -13,11 +13,15 @@ OUT gets `base`, `e1` and so on, the `smile` checkpoint that FusionBench saves, 
 - A linear that no expert changed is saved as a plain `P.weight`, for which its loading has no place: it leaves that
   linear with random weights and says so in a warning. The logits are of the model with that linear put back as the
   plain one that it was when it was saved.
+
+As released, its Mistral does not run with the transformers of peer-requirements.txt, as its Llama and Qwen2 do: it makes
+rotary embeddings as older versions did. `rotary` takes that call; nothing else of FusionBench's is touched.
 """
 
 import argparse
 from pathlib import Path
 
+import fusion_bench.models.modeling_smile_mistral.modeling_smile_mistral as smile_mistral
 import torch
 from fusion_bench.method.smile_upscaling.causal_lm_upscaling import SmileCausalLMUpscalingAlgorithm
 from fusion_bench.modelpool import CausalLMPool
@@ -32,6 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
 SHAPE = {
     "vocab_size": 259,
@@ -49,11 +54,18 @@ SHAPE = {
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=False),
     "llama-biased": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
-    "mistral": lambda: MistralConfig(**SHAPE, tie_word_embeddings=False, sliding_window=None),
+    # Without its own head_dim, transformers 4.57's configuration has none, which FusionBench's Mistral then multiplies.
+    "mistral": lambda: MistralConfig(**SHAPE, head_dim=32, tie_word_embeddings=False, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),  # biases on q, k, v
 }
 UNTOUCHED = "model.layers.1.mlp.up_proj"  # by any expert
 BY_FIRST = "model.layers.0.mlp.down_proj"  # changed by the first expert alone
+
+
+def rotary(dim: int, max_position_embeddings: int, base: float) -> nn.Module:
+    """Today's rotary embedding from the arguments that older versions took."""
+    settings = {"head_dim": dim, "max_position_embeddings": max_position_embeddings, "rope_theta": base}
+    return MistralRotaryEmbedding(MistralConfig(**settings))
 
 
 def make_group(out: Path, architecture: str, experts: int) -> dict[str, str]:
@@ -100,6 +112,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, required=True)
     args = parser.parse_args()
 
+    smile_mistral.MistralRotaryEmbedding = rotary
     places = make_group(args.out, args.architecture, args.experts)
     algorithm = SmileCausalLMUpscalingAlgorithm(
         device="cpu",
@@ -114,8 +127,12 @@ def main() -> None:
     algorithm.run(pool)
     tokens = torch.randint(3, SHAPE["vocab_size"], (4, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits = reload(args.out / "smile")(input_ids=tokens).logits
-        base = AutoModelForCausalLM.from_pretrained(places["_pretrained_"]).eval()(input_ids=tokens).logits
+        logits = reload(args.out / "smile")(input_ids=tokens, use_cache=False).logits
+        base = (
+            AutoModelForCausalLM.from_pretrained(places["_pretrained_"])
+            .eval()(input_ids=tokens, use_cache=False)
+            .logits
+        )
     save_file({"tokens": tokens, "logits": logits, "base": base}, args.out / "logits.safetensors")
 
 

@@ -71,6 +71,8 @@ def other_version(file: str | Path) -> str | None:
 
 
 def _method(file: Path, made: Mapping, options: Mapping[str, Any]) -> tuple[Method, BuildConfig]:
+    if "imported" in made:
+        raise RecipeError(f"{file}: describes no build but a conversion; run `upscale import {made['base']}` again")
     if made["method"] not in _METHODS:
         raise RecipeError(f"{file}: method {made['method']!r} is unknown; this version has {', '.join(_METHODS)}")
     method, settings = _METHODS[made["method"]]

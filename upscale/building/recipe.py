@@ -24,15 +24,15 @@ def recipe_of(plan: Plan, group: Group) -> dict:
     return {
         "upscale_zoo": version("upscale-zoo"),
         "method": plan.method.NAME,
-        "base": _pinned(group.base, plan.base),
-        "experts": {name: _pinned(source, plan.experts[name]) for name, source in group.experts.items()},
+        "base": pinned(group.base, plan.base),
+        "experts": {name: pinned(source, plan.experts[name]) for name, source in group.experts.items()},
         "licences": {name: licence_of(model.path) for name, model in {"base": plan.base, **plan.experts}.items()},
         **({"vocabulary": group.vocabulary} if group.vocabulary else {}),
         "config": recipe(plan.config),
     }
 
 
-def _pinned(source: Source, model: Model) -> str:
+def pinned(source: Source, model: Model) -> str:
     """A source as it can be found again: a Hub id with the commit that was read, which names its cache directory."""
     return source.location if source.is_local else f"{source.location}@{model.path.name}"
 

@@ -1,24 +1,25 @@
 """FusionBench's SMILE checkpoints of language models in our format, tensor by tensor."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
 
+from upscale.building.recipe import RECIPE, pinned, recipe_bytes, with_hashes
 from upscale.errors import ConversionError
 from upscale.importing.smile_checkpoint import SmileCheckpoint
+from upscale.publishing.card import card
 from upscale.runtime import runtime_files
 from upscale.runtime.layout_upscaled import Layout, ModuleLayout
 from upscale.runtime.modeling_upscaled import upscaled_config
 from zoo import Checkpoint, Source, TensorSpec, Writer
 from zoo.group import check_names
-from zoo.preflight import parameters
-from zoo.reading.companions import companions
+from zoo.hub.licences import licence_of
+from zoo.reading.contents import Hashes
 
-Progress = Callable[[int, int, str], None]  # bytes of the source done, bytes in all, what is being done
+Progress = Callable[[int, int, str], None]  # tensors and linears done, all of them, what is being done
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def import_fusionbench(
         out: directory to make; must not exist.
         names: of the experts, in the checkpoint's order; None: expert_0, expert_1 and so on.
         whole_biases: the experts' biases are whole ones: subtract the base's, and so mend what FusionBench computes.
-        progress: called after each tensor with (bytes done, bytes in all, name).
+        progress: called before each step with (steps done, steps in all, name).
 
     Raises:
         SourceError, CheckpointError: the checkpoint cannot be found or read.
@@ -67,66 +68,74 @@ def import_fusionbench(
         OutputError: see ``zoo.Writer``.
     """
     source = _source(path)
-    model = SmileCheckpoint(Checkpoint.open(source.resolve()))
+    folder = source.folder()
+    model = SmileCheckpoint(Checkpoint.open(folder))
     names = [f"expert_{e}" for e in range(model.experts)] if names is None else list(names)
     check_names(names)
     if len(names) != model.experts:
         raise ConversionError(f"{path}: has {model.experts} experts, but {len(names)} names were given")
-    if whole_biases and (model.rank <= 0 or not model.biases):
+    if whole_biases and (model.rank <= 0 or not any(model.has_bias(module) for module in model.modules)):
         raise ConversionError(f"{path}: no whole biases: only low-rank experts of linears with a bias have them")
-    checkpoint = model.checkpoint
-    declared = {
-        name: TensorSpec(shape, checkpoint.tensors[model.stored(name)].dtype) for name, shape in model.shapes.items()
-    }
+    if folder.remote:  # its headers passed: now its weights are worth fetching
+        model = SmileCheckpoint(Checkpoint.open(source.resolve()))
+    checkpoint, dtype = model.checkpoint, model.dtype
+    declared = {name: TensorSpec(shape, dtype(name)) for name, shape in model.shapes.items()}
     base_bytes = sum(spec.nbytes for spec in declared.values())
     for module in model.modules:
         for tensor, shape in model.largest(module).shapes().items():
-            declared[f"{module}.experts.{tensor}"] = TensorSpec(shape, declared[f"{module}.weight"].dtype)
-    done, total = 0, sum(info.nbytes for info in parameters(checkpoint).values())
+            declared[f"{module}.experts.{tensor}"] = TensorSpec(shape, dtype(f"{module}.weight"))
     modules: dict[str, ModuleLayout] = {}
-    with torch.no_grad(), Writer(out, declared) as writer:
-
-        def step(nbytes: int, name: str) -> None:
-            nonlocal done
-            done += nbytes
+    with (
+        torch.no_grad(),
+        Hashes({"base": checkpoint} if source.is_local else {}, {"base": checkpoint}) as hashes,
+        Writer(out, declared) as writer,
+    ):
+        for number, name in enumerate(steps := [*model.shapes, *model.modules]):
             if progress:
-                progress(done, total, name)
-
-        for name in model.shapes:
-            writer.write(name, model.read(model.stored(name)))
-            step(declared[name].nbytes, name)
-        for module in model.modules:
-            down, up, ranks = model.factors(module)
-            tensors = {"down": down, "up": up}
-            if model.has_bias(module):
-                base, own = model.biases[module]
-                bias = own - base if whole_biases else own
-                tensors |= {"bias": bias} if bias.any() else {}
+                progress(number, len(steps), name)
+            if name in model.shapes:
+                writer.write(name, model.read(model.stored(name)))
+                continue
+            ranks, tensors = model.experts_of(name, whole_biases=whole_biases)
             if any(ranks) or "bias" in tensors:
-                modules[module] = ModuleLayout(down.shape[1], up.shape[0], ranks, "bias" in tensors)
+                modules[name] = replace(model.largest(name), ranks=ranks, bias="bias" in tensors)
                 for tensor, value in tensors.items():
-                    name = f"{module}.experts.{tensor}"
-                    writer.write(name, value.to(declared[name].dtype))
-            prefixes = (f"{module}.gate.", f"{module}.experts.")
-            step(sum(i.nbytes for n, i in checkpoint.tensors.items() if n.startswith(prefixes)), module)
+                    writer.write(f"{name}.experts.{tensor}", value.to(dtype(f"{name}.weight")))
         router = {"type": "projection", "rank": model.router_rank, "top_k": model.top_k}
-        layout = Layout("smile", tuple(names), router, modules)
-        made = {
-            "upscale_zoo": version("upscale-zoo"),
-            "method": "smile",
-            "imported": {"format": "fusionbench", "source": str(source), "whole_biases": whole_biases},
-            "experts": names,
-        }
+        config = upscaled_config(model.config, Layout("smile", tuple(names), router, modules))
+        made = with_hashes(_recipe(source, checkpoint, names, whole_biases=whole_biases), hashes.result())
         files = {
-            **companions(checkpoint.path),
+            **checkpoint.companions,
             **runtime_files(),
-            "upscale.yaml": yaml.safe_dump(made, sort_keys=False).encode(),
+            RECIPE: recipe_bytes(made),
+            "README.md": card(config, made, {}).encode(),
         }
         result_bytes = writer.nbytes
-        writer.commit(upscaled_config(model.config, layout), files)
+        writer.commit(config, files)
     suspected = not whole_biases and model.rank > 0 and model.whole_biases
-    ranks = {name: layout.ranks for name, layout in modules.items()}
-    return Imported(names, ranks, model.plain, suspected, total, base_bytes, result_bytes)
+    return Imported(
+        names,
+        {name: layout.ranks for name, layout in modules.items()},
+        model.plain,
+        suspected,
+        checkpoint.nbytes,
+        base_bytes,
+        result_bytes,
+    )
+
+
+def _recipe(source: Source, checkpoint: Checkpoint, names: Sequence[str], *, whole_biases: bool) -> dict:
+    """``upscale.yaml``: base and experts all come from the one checkpoint."""
+    origin, licence, roles = pinned(source, checkpoint), licence_of(checkpoint.path), ("base", *names)
+    return {
+        "upscale_zoo": version("upscale-zoo"),
+        "method": "smile",
+        "imported": {"format": "fusionbench", "whole_biases": whole_biases},
+        "base": origin,
+        "experts": dict.fromkeys(names, origin),
+        "licences": dict.fromkeys(roles, licence),
+        "config": {},
+    }
 
 
 def _source(path: str | Path) -> Source:

@@ -87,8 +87,16 @@ class SmileCheckpoint:
             raise NonFiniteError(f"tensor {name} has NaN or infinite values; is the download complete?")
         return tensor
 
-    def factors(self, module: str) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """Of a linear's experts: down [R, i] and up [o, R], float32, and ranks.
+    def dtype(self, name: str) -> torch.dtype:
+        """The format of a tensor of the base."""
+        return self.checkpoint.tensors[self.stored(name)].dtype
+
+    def experts_of(self, module: str, *, whole_biases: bool) -> tuple[tuple[int, ...], dict[str, Tensor]]:
+        """Ranks of a linear's experts and their tensors in our format, float32: down, up and, if any is not 0, bias.
+
+        Args:
+            module: the linear.
+            whole_biases: of the experts: subtract the base's.
 
         Raises:
             ConversionError: the gate is none that our router can be.
@@ -113,7 +121,12 @@ class SmileCheckpoint:
             down, up = factors(left, right, gate)
             downs.append(down)
             ups.append(up)
-        return torch.cat(downs), torch.cat(ups, dim=1), tuple(len(down) for down in downs)
+        tensors = {"down": torch.cat(downs), "up": torch.cat(ups, dim=1)}
+        if self.has_bias(module):
+            base, own = self.biases[module]
+            bias = own - base if whole_biases else own
+            tensors |= {"bias": bias} if bias.any() else {}
+        return tuple(len(down) for down in downs), tensors
 
     def largest(self, module: str) -> ModuleLayout:
         """The largest layout that a linear can get."""
@@ -123,7 +136,8 @@ class SmileCheckpoint:
         return ModuleLayout(i, o, (gate + own,) * self.experts, self.has_bias(module))
 
     def _check(self) -> None:
-        tensors = parameters(self.checkpoint)
+        untied = {name: info for name, info in self.checkpoint.tensors.items() if name in self.shapes}
+        tensors = {**parameters(self.checkpoint), **untied}  # a head that is not tied counts, even where it is a copy
         wanted = {self.stored(name): shape for name, shape in self.shapes.items()}
         for module in self.modules:
             o, i = self.shapes[f"{module}.weight"]
