@@ -152,9 +152,10 @@ class Adapter:
 
     def _same(self, name: str) -> bool:
         """PEFT saves embeddings beside their own LoRA, changed or not."""
-        if name not in self.factors or self.tensors[name].shape != self.base.tensors[name].shape:
+        if name not in self.factors:
             return False
-        return torch.equal(read(self.stored[self.whole[name]], self.whole[name]), self.base.read(name))
+        saved, base = read(self.stored[self.whole[name]], self.whole[name]), self._of_base(name)
+        return saved.shape == base.shape and torch.equal(saved.to(base.dtype), base)
 
     def _factored(self, name: str) -> Product:
         at = self.factors[name]
