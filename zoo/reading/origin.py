@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from zoo.errors import CheckpointError
 from zoo.reading.checkpoint import Checkpoint
 from zoo.reading.folder import Folder
 
-_SAMPLE = 1 << 16  # bytes compared at both ends of a file
+_SAMPLE = 256  # numbers compared at the beginning of each tensor
 
 
 def check_origin(settings: Mapping, location: str, revision: str | None, base: Checkpoint) -> str | None:
@@ -34,6 +36,8 @@ def check_origin(settings: Mapping, location: str, revision: str | None, base: C
         return None
     commit = base.path.name if base.path.parent.name == "snapshots" else None
     hub = base.path.parent.parent.name.removeprefix("models--").replace("--", "/", 1) if commit else None
+    if hub is None and revision is not None:  # the base is a part of another checkpoint, and was on the Hub
+        hub, commit = location, revision
     if hub is None:  # the base lies in a directory, which can have any name
         known = {base.path.resolve().name, str(base.config.get("_name_or_path") or "").rstrip("/").rsplit("/", 1)[-1]}
         if said.rstrip("/").rsplit("/", 1)[-1].lower() in {name.lower() for name in known}:
@@ -50,22 +54,25 @@ def check_origin(settings: Mapping, location: str, revision: str | None, base: C
 
 
 def _same_weights(directory: Path, base: Checkpoint) -> bool:
-    """Whether two local models have the same weights, by their headers and the ends of their files."""
+    """Whether two local models have the same weights, by the beginning of each tensor.
+
+    The base may be a part of another checkpoint, in files of its own, of another format or a larger vocabulary.
+    """
     if directory.resolve() == base.path.resolve():
         return True
     try:
         other = Checkpoint.open(Folder(directory))
     except CheckpointError:  # no longer a model: nothing can be said
         return True
-    if other.tensors != base.tensors:
+    if any(
+        name not in other.tensors or other.tensors[name].shape[1:] != s.shape[1:] for name, s in base.tensors.items()
+    ):
         return False
-    return len(other.files) == len(base.files) and all(
-        _ends(a) == _ends(b) for a, b in zip(other.files, base.files, strict=True)
+    return all(
+        torch.equal(_beginning(other, name).to(spec.dtype), _beginning(base, name))
+        for name, spec in base.tensors.items()
     )
 
 
-def _ends(file: Path) -> bytes:
-    with file.open("rb") as data:
-        first = data.read(_SAMPLE)
-        data.seek(max(0, file.stat().st_size - _SAMPLE))
-        return first + data.read()
+def _beginning(model: Checkpoint, name: str) -> torch.Tensor:
+    return model.read(name).flatten()[:_SAMPLE]  # a view of the file's map: no more than this is read

@@ -67,8 +67,9 @@ def base_vocabulary(rows: int, experts: Mapping[str, int]) -> Vocabulary:
 def union_vocabulary(rows: int, base: Model, experts: Mapping[str, tuple[int, Model]]) -> Vocabulary:
     """The base's rows and whatever any expert has beyond them, each token once.
 
-    A token keeps the number that its expert gave it unless another's token has that number: then it gets the next free
-    one. Tokens of one text are one token. Rows beyond the base's that no tokenizer names are kept as they are.
+    Tokens that experts added follow those of the base's tokenizer in the order of the experts, since tokenizers number
+    them so: the base's own padding rows come first. Tokens of one text are one token. Rows beyond the base's that no
+    tokenizer names follow, those of one number as one.
 
     Args:
         rows: of the base's embeddings.
@@ -77,29 +78,22 @@ def union_vocabulary(rows: int, base: Model, experts: Mapping[str, tuple[int, Mo
     """
     ours = tokens_of(base.path)
     texts = {token.text for token in ours.values()}
-    size = max([rows, *(count for count, _ in experts.values())])
-    owners: dict[int, str] = {}  # row of the group -> the text of the token there, or "" for a row without a name
-    places: dict[str, int] = {}
-    added: dict[int, Token] = {}
-    maps = {}
+    named: dict[str, dict[int, Token]] = {}
     for name, (count, model) in experts.items():
-        theirs = tokens_of(model.path)
-        own = {n: n for n in range(min(rows, count))}
-        new = {n: t for n, t in theirs.items() if n < count and t.entry and t.text not in texts}
-        for number in sorted({*new, *range(rows, count)}):
-            own.pop(number, None)
-            token = new.get(number)
-            text = token.text if token else ""
-            place = places.get(text, number) if text else number
-            if owners.get(place, text) != text or place in ours:
-                place, size = size, size + 1
-            owners[place] = text
-            if token:
-                places[text] = place
-                added.setdefault(place, token)
-            own[place] = number
-        maps[name] = own
-    return Vocabulary(size, maps, added)
+        found = sorted(tokens_of(model.path).items())
+        named[name] = {n: t for n, t in found if n < count and t.entry and t.text not in texts}
+    first = max(ours) + 1 if ours else rows
+    tokens = {token.text: token for found in named.values() for token in found.values()}
+    places = {text: first + n for n, text in enumerate(tokens)}
+    bare = {n for name, (count, _) in experts.items() for n in range(rows, count) if n not in named[name]}
+    start = max(rows, first + len(places))
+    moved = {n: start + k for k, n in enumerate(sorted(bare))}
+    maps = {}
+    for name, (count, _) in experts.items():
+        own = {n: n for n in range(min(rows, count)) if n not in named[name]}
+        own |= {moved[n]: n for n in range(rows, count) if n not in named[name]}
+        maps[name] = own | {places[token.text]: n for n, token in named[name].items()}
+    return Vocabulary(start + len(moved), maps, {places[text]: token for text, token in tokens.items()})
 
 
 def extended_tokenizer(base: Model, added: Mapping[int, Token]) -> dict[str, bytes]:
