@@ -21,6 +21,7 @@ _COMMANDS = {
     "pull": "upscale.commands.pull:pull",
     "push": "upscale.commands.push:push",
     "rebuild": "upscale.commands.rebuild:rebuild",
+    "recipes": "upscale.commands.recipes:recipes",
     "route": "upscale.commands.route:route",
     "smile": "upscale.commands.smile:smile",
     "spectra": "upscale.commands.spectra:spectra",
