@@ -56,12 +56,19 @@ def rebuild(
     """
     file = Path(file)
     made = read_recipe(file)
-    method, config = _method(file, made, options)
+    method, config = method_of(file, made, options)
+    if "budget_of" in made:
+        raise RecipeError(
+            f"{file}: its ranks share a budget among {', '.join(made['budget_of'])}, and experts were added or removed "
+            "since; build the group anew"
+        )
     router = _router(file, made)
     group = _group(file, made, sources or {}, allow_pickle=allow_pickle)
     verdict = checked(group)
     _require_same(made, group, verdict)
-    return write(make_plan(verdict, method, config, progress), made, out, router=router, progress=progress)
+    return write(
+        make_plan(verdict, method, config, progress, made.get("overrides")), made, out, router=router, progress=progress
+    )
 
 
 def other_version(file: str | Path) -> str | None:
@@ -70,7 +77,17 @@ def other_version(file: str | Path) -> str | None:
     return f"built by upscale-zoo {made}, this is {here}: the bytes may differ" if made != here else None
 
 
-def _method(file: Path, made: Mapping, options: Mapping[str, Any]) -> tuple[Method, BuildConfig]:
+def method_of(file: Path, made: Mapping, options: Mapping[str, Any]) -> tuple[Method, BuildConfig]:
+    """The method and the settings that a recipe names.
+
+    Args:
+        file: the recipe.
+        made: its content.
+        options: settings that decide no byte.
+
+    Raises:
+        RecipeError: they are none of this version.
+    """
     if "imported" in made:
         raise RecipeError(f"{file}: describes no build but a conversion; run `upscale import {made['base']}` again")
     if made["method"] not in _METHODS:

@@ -129,11 +129,6 @@ class Stored:
         """A tensor ``<module>.experts.<tensor>``, as it is stored."""
         return self.checkpoint.read(f"{module}.experts.{tensor}")
 
-    def router(self) -> dict[str, Tensor]:
-        """The router's tensors by its parameters' names."""
-        tensors = stored_tensors(self.path, self.layout)
-        return {n.removeprefix("router."): read() for n, read in tensors.items() if n.startswith("router.")}
-
 
 def _recipe(directory: Path) -> dict:
     file = directory / "upscale.yaml"

@@ -1,6 +1,6 @@
 """Options that commands share: settings from dataclasses, and a group given as a file or inline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Any
@@ -13,7 +13,10 @@ from zoo.group import VOCABULARIES
 
 
 def settings(config: type, *only: str) -> Callable[[Callable], Callable]:
-    """Decorate a command with one option for each field of a configuration dataclass, help and all; or for ``only`` some."""
+    """Decorate a command with one option for each field of a configuration dataclass, help text and all.
+
+    ``only`` names the fields to take, where not all are wanted.
+    """
 
     def decorate(command: Callable) -> Callable:
         for field in reversed([field for field in fields(config) if field.name in only or not only]):
@@ -69,6 +72,18 @@ class GivenGroup:
     allow_pickle: bool
 
 
+pickle_option = click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Read pytorch_model.bin where there is no safetensors file: tensors alone, no code is run.",
+)
+vocabulary_option = click.option(
+    "--vocabulary",
+    type=click.Choice(VOCABULARIES),
+    help="Where embeddings have more or fewer rows than the base's: keep the base's, or the union of all.",
+)
+
+
 def group_options(command: Callable) -> Callable:
     """Decorate a command with the options of a group, which it gets as one argument ``given``."""
 
@@ -79,16 +94,8 @@ def group_options(command: Callable) -> Callable:
         return command(*args, given=GivenGroup(base, experts, vocabulary, allow_pickle), **kwargs)
 
     for option in (
-        click.option(
-            "--allow-pickle",
-            is_flag=True,
-            help="Read pytorch_model.bin where there is no safetensors file: tensors alone, no code is run.",
-        ),
-        click.option(
-            "--vocabulary",
-            type=click.Choice(VOCABULARIES),
-            help="Where embeddings have more or fewer rows than the base's: keep the base's, or the union of all.",
-        ),
+        pickle_option,
+        vocabulary_option,
         click.option(
             "--expert", "experts", multiple=True, metavar="NAME=MODEL", help="An expert of an inline group; repeat it."
         ),
@@ -120,12 +127,18 @@ def group_and_rest(paths: tuple[str, ...], given: GivenGroup, rest: int) -> tupl
         return replace(group, vocabulary=vocabulary, allow_pickle=given.allow_pickle), list(paths[1:])
     if base is None:
         raise GroupError("an inline group needs --base MODEL beside --expert")
+    named = named_models(experts, "--expert ")
+    return Group.of(base, named, vocabulary=given.vocabulary, allow_pickle=given.allow_pickle), list(paths)
+
+
+def named_models(texts: Iterable[str], option: str = "") -> dict[str, str]:
+    """Models by name, of NAME=MODEL. Raises GroupError for anything else, and for a name that stands there twice."""
     named: dict[str, str] = {}
-    for text in experts:
+    for text in texts:
         name, found, model = text.partition("=")
         if not found or not name or not model:
-            raise GroupError(f"--expert {text}: write NAME=MODEL")
+            raise GroupError(f"{option}{text}: write NAME=MODEL")
         if name in named:
-            raise GroupError(f"--expert {name}: given twice; names must differ")
+            raise GroupError(f"{option}{name}: given twice; names must differ")
         named[name] = model
-    return Group.of(base, named, vocabulary=given.vocabulary, allow_pickle=given.allow_pickle), list(paths)
+    return named

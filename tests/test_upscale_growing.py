@@ -1,0 +1,306 @@
+"""Experts added to a finished checkpoint and removed from it, against builds with and without them, byte for byte."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertForSequenceClassification
+
+import upscale
+from tests.architectures import TABLE
+from tests.cli_runs import assert_one_message, every_file
+from tests.cli_runs import upscale as command
+from tests.conftest import perturbed, save_model
+from tests.routers import random_router
+from upscale import router_file
+from upscale.building.rebuild import rebuild
+from upscale.errors import ExpertError, NonFiniteError, RecipeError
+from upscale.growing.extract import extract_lora
+from upscale.growing.grow import add, remove
+from zoo import Checkpoint, Group
+
+LLAMA, QWEN2, MISTRAL, GPT2 = TABLE[:4]
+
+
+def part_of(group, *names):
+    return Group(group.base, {name: group.experts[name] for name in names})
+
+
+def section(out):
+    return json.loads((out / "config.json").read_text())["upscale"]
+
+
+def tensors(out):
+    model = Checkpoint.open(out)
+    return {name: model.read(name) for name in model.tensors}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """``zoo(architecture)``: a group of five, whose base is sharded; made once."""
+    made = {}
+
+    def group(architecture):
+        if architecture.name not in made:
+            root = tmp_path_factory.mktemp(architecture.name)
+            base = save_model(architecture.model(seed=0), root / "base")
+            (base / "model.safetensors").unlink()
+            architecture.model(seed=0).save_pretrained(base, max_shard_size="60KB")
+            tunes = {f"e{n}": save_model(perturbed(architecture, n), root / f"e{n}") for n in range(1, 6)}
+            made[architecture.name] = Group.of(base, tunes)
+        return made[architecture.name]
+
+    return group
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        (LLAMA, {"rank": 8}),
+        (QWEN2, {"energy": 0.8, "router_rank": 4}),  # a tied head, biases
+        (
+            GPT2,
+            {"rank": 8, "dtype": "bfloat16", "seed": 3, "scope": "block"},
+        ),  # weights the other way, norms with biases
+        (
+            QWEN2,
+            {
+                "rank": 4,
+                "router_rank": 2,
+                "rest": "base",
+                "lm_head": True,
+                "exact": True,
+                "include": ("*mlp*", "lm_head"),
+            },
+        ),
+    ],
+    ids=["llama", "qwen2", "gpt2", "split-head"],
+)
+def test_a_fifth_expert_added_to_four_is_a_build_with_five_and_removed_again_one_with_four(
+    architecture, options, zoo, tmp_path
+):
+    group, out, five = zoo(architecture), tmp_path / "out", tmp_path / "five"
+    upscale.smile(part_of(group, "e1", "e2", "e3", "e4"), out, **options)
+    upscale.smile(group, five, **options)
+    four = every_file(out)
+    if options.get("dtype"):  # what the base lost by it is not known any more: the delta is another one
+        add(out, {"e5": group.experts["e5"].location})
+    else:
+        grown = add(out, {"e5": group.experts["e5"].location})
+        assert every_file(out) == every_file(five)
+        assert not grown.warnings
+    remove(out, ["e5"])
+    assert every_file(out) == four
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "five"}
+
+
+def test_modules_come_and_go_with_the_experts_that_changed_them(tmp_path):
+    """Experts of different parts: no module of one is a module of the other."""
+    parts = {
+        "mlp": lambda name: ".0.mlp." in name,
+        "biases": lambda name: "q_proj.bias" in name,
+        "norms": lambda name: "layernorm" in name and ".1." in name,
+        "tokens": lambda name: "embed" in name,
+    }
+    base = save_model(QWEN2.model(seed=0), tmp_path / "base")
+    tunes = {
+        part: save_model(perturbed(QWEN2, n, names=names), tmp_path / part)
+        for n, (part, names) in enumerate(parts.items())
+    }
+    group, out = Group.of(base, tunes), tmp_path / "out"
+    upscale.smile(part_of(group, "mlp"), out, rank=8)
+    first = every_file(out)
+    for count, part in enumerate(list(parts)[1:], start=2):
+        add(out, {part: tunes[part]})
+        upscale.smile(part_of(group, *list(parts)[:count]), built := tmp_path / f"built-{count}", rank=8)
+        assert every_file(out) == every_file(built)
+    assert section(out)["modules"]["lm_head"]["tied"] == "model.embed_tokens"
+    remove(out, ["tokens", "norms", "biases"])
+    assert every_file(out) == first
+    # those before it gone, an expert is what it was, in a model of its own modules alone
+    add(out, {"biases": tunes["biases"], "tokens": tunes["tokens"]})
+    remove(out, ["mlp"])
+    assert section(out)["modules"].keys() == {
+        "model.embed_tokens",
+        "lm_head",
+        *(f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)),
+    }
+    forced = upscale.load(out, expert="biases")
+    upscale.smile(part_of(group, "biases"), alone := tmp_path / "alone", rank=8)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(forced(ids).logits, upscale.load(alone, expert="biases")(ids).logits, atol=0, rtol=0)
+
+
+def test_who_is_left_keeps_every_bit_and_the_recipe_rebuilds_it(zoo, tmp_path):
+    group, out = zoo(MISTRAL), tmp_path / "out"
+    upscale.smile(part_of(group, "e1", "e2", "e3"), out, rank=4, router_rank=2)
+    before, made = tensors(out), section(out)
+    remove(out, ["e1"])
+    for name, module in section(out)["modules"].items():
+        first = made["modules"][name]["ranks"][0]
+        assert module["ranks"] == made["modules"][name]["ranks"][1:]
+        for tensor in {f"{name}.experts.{kind}" for kind in ("down", "up", "scale")} & before.keys():
+            kept = before[tensor][:, first:] if tensor.endswith("up") else before[tensor][first or 1 :]
+            assert torch.equal(tensors(out)[tensor], kept)
+    add(out, {"e5": group.experts["e5"].location}, rank=6)
+    recipe = yaml.safe_load((out / "upscale.yaml").read_text())
+    assert recipe["overrides"] == {"e2": {"seed": 1}, "e3": {"seed": 2}, "e5": {"rank": 6, "seed": 0}}
+    assert {tuple(m["ranks"]) for m in section(out)["modules"].values() if any(m["ranks"])} == {(4, 4, 6)}
+    rebuild(out / "upscale.yaml", tmp_path / "again")
+    assert every_file(tmp_path / "again") == every_file(out)
+
+
+def test_a_budget_is_shared_by_those_it_was_chosen_for(zoo, tmp_path):
+    group, out = zoo(LLAMA), tmp_path / "out"
+    upscale.smile(part_of(group, "e1", "e2"), out, budget="1.6x", router_rank=1)
+    before = every_file(out)
+    with pytest.raises(ExpertError, match=r"a budget of 1.6x among e1, e2; give the new ones a --rank or an --energy"):
+        add(out, {"e3": group.experts["e3"].location})
+    add(out, {"e3": group.experts["e3"].location}, energy=0.5)
+    with pytest.raises(RecipeError, match="among e1, e2, and experts were added or removed since"):
+        rebuild(out / "upscale.yaml", tmp_path / "again")
+    remove(out, ["e3"])
+    assert every_file(out) == before
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_calibrated_router_loses_a_class_exactly_and_sends_nothing_to_a_new_one(depth, zoo, tmp_path):
+    group, out = zoo(LLAMA), tmp_path / "out"
+    upscale.smile(part_of(group, "e1", "e2", "e3"), out, rank=4, router_rank=2)
+    values = random_router(64 if depth else 259, depth=depth, classes=4)
+    settings = {"type": "calibrated", "experts": 3, "size": 64 if depth else 259, "depth": depth, "base": True}
+    settings |= {"granularity": "prefix", "top_k": None, "half_life": None}
+    made = {"calibrated": {}, "prompts": {"e1": "1", "e2": "2", "e3": "3", "base": "0"}}
+    router_file.replace(*router_file.opened(out), settings, values, made)
+    before, ids = every_file(out), torch.arange(3, 60)[None]
+
+    def decided():
+        model = upscale.load(out)
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits
+        return model.routing.router, model.routing.router.decided, logits
+
+    _, was, logits = decided()
+    grown = add(out, {"e4": group.experts["e4"].location})
+    assert "the router does not know e4 yet" in grown.warnings[0]
+    _, now, same = decided()
+    assert torch.equal(now[..., :3], was) and not now[..., 3].any()
+    torch.testing.assert_close(same, logits, atol=1e-5, rtol=1e-5)
+    remove(out, ["e4"])
+    assert every_file(out) == before
+    remove(out, ["e2"])
+    router, fewer, _ = decided()
+    for name, value in values.items():
+        kept = value[:, [0, 2, 3]] if name == "table" else value[[0, 2, 3]]
+        assert torch.equal(dict(router.named_parameters())[name], kept)
+    torch.testing.assert_close(fewer, was[..., [0, 2]] / (1 - was[..., 1:2]), atol=1e-5, rtol=1e-5)
+    assert yaml.safe_load((out / "upscale.yaml").read_text())["router"]["prompts"].keys() == {"e1", "e3", "base"}
+
+
+def test_classifiers_bring_and_take_their_heads(tmp_path):
+    def saved(name, labels, seed):
+        torch.manual_seed(seed)
+        config = BertConfig(
+            vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+        )
+        config.id2label = {n: f"{name}-{n}" for n in range(labels)}
+        BertForSequenceClassification(config).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    group = Group.of(saved("base", 2, 0), {name: saved(name, n, n) for n, name in enumerate("abc", start=2)})
+    upscale.smile(part_of(group, "a", "b"), tmp_path / "out", rank=4, router_rank=2)
+    upscale.smile(group, tmp_path / "built", rank=4, router_rank=2)
+    before = every_file(tmp_path / "out")
+    add(tmp_path / "out", {"c": tmp_path / "c"})
+    assert every_file(tmp_path / "out") == every_file(tmp_path / "built")
+    remove(tmp_path / "out", ["c"])
+    assert every_file(tmp_path / "out") == before
+
+
+def test_an_adapter_is_added_as_any_expert(zoo, tmp_path):
+    group, out = zoo(LLAMA), tmp_path / "out"
+    upscale.smile(part_of(group, "e1", "e2"), out, rank=8)
+    extract_lora(out, "e2", tmp_path / "lora")
+    grown = add(out, {"again": tmp_path / "lora"})
+    assert not grown.warnings  # the base is the one that it names
+    factors = tensors(out)
+    for name, module in section(out)["modules"].items():
+        if ".layers." in name and any(module["ranks"]):
+            up, down = factors[f"{name}.experts.up"], factors[f"{name}.experts.down"]
+            torch.testing.assert_close(up[:, 8:16] @ down[8:16], up[:, 16:] @ down[16:], atol=1e-5, rtol=1e-5)
+    lora = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    (tmp_path / "lora/adapter_config.json").write_text(
+        json.dumps({**lora, "base_model_name_or_path": group.experts["e1"].location})
+    )
+    result = command("add", out, f"other={tmp_path / 'lora'}")
+    assert result.exit_code == 1
+    assert_one_message(result.output, "whose weights are not those of")
+
+
+def test_what_others_put_there_stays_and_what_is_said_of_it(zoo, tmp_path):
+    group, out = zoo(LLAMA), tmp_path / "out"
+    upscale.smile(part_of(group, "e1", "e2"), out, rank=8)
+    (out / "notes").mkdir()
+    (out / "notes/mine.txt").write_text("keep")
+    (out / "README.md").write_text("my own card")
+    (out / "eval.json").write_text("{}")
+    result = command("remove", out, "e1")
+    assert result.exit_code == 0 and "eval.json is of the model as it was" in result.output
+    assert (out / "notes/mine.txt").read_text() == "keep" and (out / "README.md").read_text() == "my own card"
+    assert not (out / "eval.json").exists()
+
+
+def test_the_list_says_what_each_expert_takes(zoo, tmp_path):
+    group, out = zoo(LLAMA), tmp_path / "out"
+    upscale.smile(part_of(group, "e1", "e2"), out, rank=8)
+    assert (
+        command("add", out, f"e3={group.experts['e3']}", "--rank", "4", "--allow-pickle").exit_code == 1
+    )  # router rank
+    assert command("add", out, f"e3={group.experts['e3']}", "--rank", "16").exit_code == 0
+    found = json.loads(command("list", out, "--json").output)
+    assert list(found["experts"]) == ["e1", "e2", "e3"] and found["router"] == "projection"
+    assert [own["ranks"] for own in found["experts"].values()] == [[8, 8], [8, 8], [16, 16]]
+    sizes = [own["nbytes"] for own in found["experts"].values()]
+    assert sum(sizes) + found["base_bytes"] == found["nbytes"] == sum(t.nbytes for t in tensors(out).values())
+    report = json.loads((out / "report.json").read_text())
+    assert [own["energy"] for own in found["experts"].values()] == list(report["energy"].values())
+    shown = command("list", out).output
+    assert "e3" in shown and f"{sizes[2] / found['nbytes']:.1%}" in shown
+
+
+def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(zoo, builds, groups, wemoes, tmp_path):
+    group, out = zoo(LLAMA), tmp_path / "out"
+    upscale.smile(part_of(group, "e1", "e2"), out, rank=4, router_rank=2, top_k=2)
+    averaged, _ = builds(LLAMA, 2, rank=4, router_rank=2, rest="average")
+    poisoned = perturbed(LLAMA, 9)
+    poisoned.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
+    nan = save_model(poisoned, tmp_path / "nan")
+    before, there = every_file(out), set(tmp_path.iterdir())
+    for args, message in (
+        (("remove", out, "e1"), "a token is given to 2 experts, and 1 would be left"),
+        (("remove", out, "e1", "e2"), "nothing would be left but the base"),
+        (("remove", out, "e9"), "no expert e9 in this model; it has e1, e2"),
+        (("remove", wemoes(LLAMA), "e1"), "a merge of all of them"),
+        (("remove", averaged, "e1"), "a merge of all of them"),
+        (("remove", "org/model", "e1"), "not a directory"),
+        (("remove", group.base.location, "e1"), "a plain model"),
+        (("add", out, f"e1={group.experts['e3']}"), "has an expert e1 already"),
+        (("add", out, f"a={group.experts['e3']}", f"a={group.experts['e4']}"), "given twice"),
+        (("add", out, "e3"), "write NAME=MODEL"),
+        (("add", out, f"base={group.experts['e3']}"), "is reserved"),
+        (("add", out, f"e3={tmp_path / 'nowhere'}"), "no such directory"),
+        (("add", out, f"e3={groups(MISTRAL, 2).base}"), "architecture mistral is not the base's llama"),
+        (("add", out, f"e3={out}"), "is an upscaled model already"),
+        (("add", out, f"e3={group.experts['e3']}", "--rank", "2", "--energy", "0.5"), "exclude each other"),
+        (("add", out, f"e3={group.experts['e3']}", "--rank", "1"), "--router-rank 2 is larger than --rank 1"),
+        (("list", group.base.location), "a plain model"),
+    ):
+        result = command(*args)
+        assert result.exit_code == 1, args
+        assert_one_message(result.output, message)
+    with pytest.raises(NonFiniteError, match=r"expert e3: tensor model.layers.1.mlp.up_proj.weight has NaN"):
+        add(out, {"e3": nan})
+    assert every_file(out) == before and set(tmp_path.iterdir()) == there
