@@ -12,6 +12,7 @@ import torch
 
 from tests.architectures import TABLE, Architecture
 from tests.hub import Hub, running_hub
+from tests.hub_client import Client, client
 from upscale import smile, wemoe
 from zoo import Group
 from zoo.demo.tokenizer import save_tokenizer
@@ -86,8 +87,26 @@ def wemoes(groups, tmp_path_factory):
     return build
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory) -> Iterator[Hub]:
-    """A Hub on the loopback, for clients in processes of their own (``hub.environment``)."""
-    with running_hub(tmp_path_factory.mktemp("hub")) as hub:
-        yield hub
+@pytest.fixture(scope="session")
+def running(tmp_path_factory) -> Iterator[tuple[Hub, Client]]:
+    with (
+        running_hub(tmp_path_factory.mktemp("hub")) as hub,
+        client(hub, tmp_path_factory.mktemp("online")) as run,
+    ):
+        yield hub, run
+
+
+@pytest.fixture
+def hub(running) -> Hub:
+    """A Hub on the loopback that behaves, for clients in processes of their own (``hub.environment``).
+
+    Its repositories stay for the session: each test has its own.
+    """
+    running[0].behave()
+    return running[0]
+
+
+@pytest.fixture
+def online(hub, running) -> Client:
+    """``online(*args, token=...)``: the `upscale` command with that Hub, in a directory of its own."""
+    return running[1]

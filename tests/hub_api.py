@@ -18,7 +18,7 @@ LICENCES = ["apache-2.0", "mit", "llama3.1", "other"]  # some of those that the 
 DATE = "2026-01-01T00:00:00.000Z"
 _REPO = r"(?P<repo>[^/]+/[^/]+?)"
 _MODEL = f"/api/models/{_REPO}"
-_OBJECT = "/lfs/(?P<sha256>[0-9a-f]{64})"
+_OBJECT = "/lfs/(?P<holder>[^/]+/[^/]+)/(?P<sha256>[0-9a-f]{64})"
 ROUTES = [
     ("whoami", "GET", "/api/whoami-v2"),
     ("create", "POST", "/api/repos/create"),
@@ -65,7 +65,7 @@ class Answer(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query, self.data = parse_qs(url.query), self.body()
         name, given = _route(self.command, url.path)
-        self.server.requests.append(Request(self.command, name, self.path))
+        self.server.requests.append(Request(self.command, name, self.path, self.headers.get("Range", "")))
         if name in self.server.hold:
             self.server.hold[name].wait()
         if self.server.due(self.server.fail, name):
@@ -224,8 +224,8 @@ class Answer(BaseHTTPRequestHandler):
         objects, limit = [], self.server.part_size
         for wanted in json.loads(self.data)["objects"]:
             sha256, size = wanted["oid"], wanted["size"]
-            href, item = f"{self.server.url}/lfs/{sha256}", {"oid": sha256, "size": size}
-            if not self.server.blob(sha256).exists():
+            href, item = f"{self.server.url}/lfs/{repo.id}/{sha256}", {"oid": sha256, "size": size}
+            if sha256 not in repo.objects:
                 upload: dict[str, Any] = {"href": href, "header": {}}
                 if limit and size > limit:
                     parts = {f"{n:05}": f"{href}/part/{n}" for n in range(1, -(-size // limit) + 1)}
@@ -234,26 +234,27 @@ class Answer(BaseHTTPRequestHandler):
             objects.append(item)
         self.send(200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"})
 
-    def take(self, sha256: str, content: bytes) -> None:
+    def take(self, holder: str, sha256: str, content: bytes) -> None:
         if hashlib.sha256(content).hexdigest() != sha256:
             raise Refused(422, "", "the content has another SHA-256")
         self.server.blob(sha256).write_bytes(content)
+        self.server.repos[holder].objects.add(sha256)
         self.send(200, {})
 
-    def lfs_put(self, sha256: str) -> None:
-        self.take(sha256, self.data)
+    def lfs_put(self, holder: str, sha256: str) -> None:
+        self.take(holder, sha256, self.data)
 
-    def lfs_part(self, sha256: str, number: str) -> None:
+    def lfs_part(self, holder: str, sha256: str, number: str) -> None:
         self.server.parts[sha256, int(number)] = self.data
         self.send(200, b"", {"ETag": f'"{hashlib.md5(self.data).hexdigest()}"'})
 
-    def lfs_complete(self, sha256: str) -> None:
+    def lfs_complete(self, holder: str, sha256: str) -> None:
         numbers = [part["partNumber"] for part in json.loads(self.data)["parts"]]
-        self.take(sha256, b"".join(self.server.parts.pop((sha256, number)) for number in numbers))
+        self.take(holder, sha256, b"".join(self.server.parts.pop((sha256, number)) for number in numbers))
 
-    def lfs_verify(self, sha256: str) -> None:
-        blob = self.server.blob(sha256)
-        whole = blob.exists() and blob.stat().st_size == json.loads(self.data)["size"]
+    def lfs_verify(self, holder: str, sha256: str) -> None:
+        there = sha256 in self.server.repos[holder].objects
+        whole = there and self.server.blob(sha256).stat().st_size == json.loads(self.data)["size"]
         self.send(200 if whole else 422, {})
 
     def commit(self, repo: Repo, rev: str) -> None:
@@ -268,7 +269,7 @@ class Answer(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     files[value["path"]] = self.server.keep(value["path"], base64.b64decode(value["content"]))
                 elif line["key"] == "lfsFile":
-                    if not self.server.blob(value["oid"]).exists():
+                    if value["oid"] not in repo.objects:
                         raise Refused(400, "", f"LFS object {value['oid']} was never uploaded")
                     files[value["path"]] = self.server.stored(value["oid"], lfs=True)
                 elif line["key"] == "deletedFile":
@@ -293,10 +294,12 @@ class Answer(BaseHTTPRequestHandler):
         about = {"X-Repo-Commit": sha, "ETag": f'"{file.sha256 if file.lfs else file.oid}"'}
         if file.lfs:
             linked = {"X-Linked-Size": str(file.size), "X-Linked-ETag": f'"{file.sha256}"'}
-            return self.send(302, b"", {**about, **linked, "Location": f"{self.server.storage}/lfs/{file.sha256}"})
+            return self.send(
+                302, b"", {**about, **linked, "Location": f"{self.server.storage}/lfs/{repo.id}/{file.sha256}"}
+            )
         self.serve(file.sha256, about)
 
-    def lfs_get(self, sha256: str) -> None:
+    def lfs_get(self, holder: str, sha256: str) -> None:
         self.serve(sha256, {"ETag": f'"{sha256}"'})
 
     def serve(self, sha256: str, headers: dict[str, str]) -> None:

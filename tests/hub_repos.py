@@ -42,6 +42,7 @@ class Repo:
     private: bool = False
     gated: bool = False
     granted: set[str] = field(default_factory=set)  # users
+    objects: set[str] = field(default_factory=set)  # LFS files that were uploaded, by SHA-256
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Request(NamedTuple):
     verb: str
     route: str
     path: str
+    range: str
 
 
 class Refused(Exception):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from zoo.errors import HubError
 
 # huggingface_hub is imported in functions only: it reads its environment (offline, endpoint, xet) when it is imported.
-_WAITS = (1, 2, 4, 8)  # seconds between tries
+_WAITS = (0.5, 1, 2, 4, 8)  # seconds between tries
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 Result = TypeVar("Result")
