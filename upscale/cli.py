@@ -13,14 +13,17 @@ from zoo.errors import MismatchError, ZooError
 # One file a verb. `serve` and `demo` need vLLM, so they live in `serving` and are found by entry point.
 _COMMANDS = {
     "adapt": "upscale.commands.adapt:adapt",
+    "add": "upscale.commands.growing:add",
     "calibrate": "upscale.commands.calibrate:calibrate",
     "check": "upscale.commands.check:check",
     "eval": "upscale.commands.eval:evaluate",
     "extract": "upscale.commands.extract:extract",
     "import": "upscale.commands.import_:import_",
+    "list": "upscale.commands.growing:list_",
     "pull": "upscale.commands.pull:pull",
     "push": "upscale.commands.push:push",
     "rebuild": "upscale.commands.rebuild:rebuild",
+    "remove": "upscale.commands.growing:remove",
     "recipes": "upscale.commands.recipes:recipes",
     "route": "upscale.commands.route:route",
     "smile": "upscale.commands.smile:smile",
