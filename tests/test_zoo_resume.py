@@ -218,6 +218,25 @@ def cut(monkeypatch, calls: int) -> None:
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
 
 
+def test_whenever_a_commit_is_killed_nothing_is_done_again(tmp_path, undisturbed, monkeypatch):
+    calls, taken_up = 0, 0
+    while True:
+        out, left = tmp_path / f"out{calls}", tmp_path / f".out{calls}.partial"
+        if not (child := os.fork()):
+            with monkeypatch.context() as patch:
+                cut(patch, calls)
+                build(out)
+                os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+            break
+        assert not (left / "config.json").exists()
+        if not out.exists():
+            taken_up += build(out) == []
+        assert every_file(out) == undisturbed
+        calls += 1
+    assert calls > 6 and taken_up > 4  # but for the first, which makes the hidden directory
+
+
 def unable(*args) -> None:
     raise OSError(errno.EINVAL, "no such step")
 
