@@ -144,6 +144,22 @@ def test_shards_are_one_checkpoint(saved, tmp_path):
     assert len({every_file(out)["model.safetensors"] for out in outs}) == 1
 
 
+def test_from_a_hub(hub, online, saved):
+    """By commit into the recipe; what cannot be converted is refused before its weights are fetched."""
+    files = every_file(saved("llama", "low-rank"))
+    commit = hub.add("alice/smile", files)
+    done = online("import", "alice/smile", "imported")
+    assert done.exit_code == 0, done.output
+    recipe = yaml.safe_load((online.directory / "imported" / "upscale.yaml").read_text())
+    assert recipe["base"] == recipe["experts"]["expert_0"] == f"alice/smile@{commit}" and "sha256" not in recipe
+    config = json.loads(files["config.json"]) | {"rank_of_router": 5}
+    hub.add("alice/odd", {**files, "config.json": json.dumps(config).encode()})
+    hub.behave()
+    done = online("import", "alice/odd", "odd")
+    assert_one_message(done.output, "num_local_experts 3 times rank_of_router 5 rows")
+    assert [r.path for r in hub.requests if r.verb == "GET" and r.route == "lfs_get" and not r.range] == []
+
+
 def scaled(tensors, name, factor):
     tensors[name] = tensors[name] * factor
 
