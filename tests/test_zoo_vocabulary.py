@@ -1,6 +1,7 @@
 """Groups whose models have other vocabularies, and heads that some tie."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,13 @@ def test_the_union_keeps_every_row_and_every_token_once(models, tmp_path):
         ours[0, : len(added)], theirs[0, : len(added)] = torch.tensor(list(added)), torch.tensor(list(added.values()))
         got = logits(load(out, expert=name, dtype="float32"), ours)[..., to]
         close(got, logits(load(models[name], dtype="float32"), theirs)[..., of], 1e-4 if name == "chat" else 3e-2)
+
+
+def test_an_expert_s_own_end_of_an_answer_is_one_of_the_union(models, tmp_path):
+    ended = shutil.copytree(models["tool"], tmp_path / "ended")
+    (ended / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 260]}))
+    smile(group({**models, "tool": ended}, "union", "chat", "tool"), tmp_path / "out", rank=8)
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [1, 261]
 
 
 def test_the_base_has_the_mean_of_the_rows_that_experts_added(models, tmp_path):

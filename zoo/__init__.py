@@ -2,7 +2,7 @@
 
 from zoo.errors import CheckpointError, GroupError, MismatchError, OutputError, SourceError, ZooError
 from zoo.group import Group
-from zoo.preflight import Verdict, check
+from zoo.preflight import Verdict, check, checked
 from zoo.reading.checkpoint import Checkpoint
 from zoo.reading.model import Model, TensorSpec
 from zoo.reading.shards import TensorInfo
@@ -25,4 +25,5 @@ __all__ = [
     "Writer",
     "ZooError",
     "check",
+    "checked",
 ]

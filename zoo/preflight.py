@@ -94,6 +94,18 @@ def check_against(base: Checkpoint, group: Group) -> Verdict:
     return replace(verdict, warnings=(*doubts, *verdict.warnings))
 
 
+def checked(group: Group) -> Verdict:
+    """The verdict on a group whose weights are all here: those on the Hub are fetched once it has passed.
+
+    Raises:
+        MismatchError: it did not pass.
+        SourceError, CheckpointError: see ``zoo.check``.
+    """
+    verdict = check(group)
+    verdict.require()
+    return check(group) if group.fetch() else verdict
+
+
 def compared(base: Model, experts: Mapping[str, Model], vocabulary: str | None = None) -> Verdict:
     """The verdict on models that are open already; see ``Group.vocabulary``.
 

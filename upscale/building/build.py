@@ -22,7 +22,7 @@ from upscale.router_file import PART, named
 from upscale.runtime import runtime_files
 from upscale.runtime.layout_upscaled import LINEAR, Layout
 from upscale.runtime.modeling_upscaled import upscaled_config
-from zoo import Group, Verdict, Writer, check
+from zoo import Group, Writer, checked
 from zoo.reading.contents import Hashes
 from zoo.reading.heads import labels
 
@@ -74,18 +74,6 @@ def _made(
 ) -> Report:
     group = group if isinstance(group, Group) else Group.load(group)
     return build(make_plan(checked(group), method, config, progress), group, out, progress=progress)
-
-
-def checked(group: Group) -> Verdict:
-    """The verdict on a group whose weights are all here: those on the Hub are fetched once it has passed.
-
-    Raises:
-        MismatchError: it did not pass.
-        SourceError, CheckpointError: see ``zoo.check``.
-    """
-    verdict = check(group)
-    verdict.require()
-    return check(group) if group.fetch() else verdict
 
 
 def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | None = None) -> Report:

@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from upscale import router_file
-from upscale.building.build import Progress, checked, write
+from upscale.building.build import Progress, write
 from upscale.building.methods import Method, smile, wemoe
 from upscale.building.plan import make_plan
 from upscale.building.recipe import read_recipe
 from upscale.building.report import Report
 from upscale.config import BuildConfig, SmileConfig, WemoeConfig
 from upscale.errors import ConfigError, LoadError, RecipeError
-from zoo import Group, Source, SourceError, Verdict
+from zoo import Group, Model, Source, SourceError, Verdict, checked
 from zoo.reading.contents import Hashes
 
 _METHODS: dict[str, tuple[Method, type[BuildConfig]]] = {
@@ -65,7 +65,7 @@ def rebuild(
     router = _router(file, made)
     group = _group(file, made, sources or {}, allow_pickle=allow_pickle)
     verdict = checked(group)
-    _require_same(made, group, verdict)
+    _require_same(made, verdict)
     return write(
         make_plan(verdict, method, config, progress, made.get("overrides")), made, out, router=router, progress=progress
     )
@@ -114,21 +114,36 @@ def _group(file: Path, made: Mapping, sources: Mapping[str, str], *, allow_pickl
     return replace(Group(base, found), vocabulary=made.get("vocabulary"), allow_pickle=allow_pickle)
 
 
-def _require_same(made: Mapping, group: Group, verdict: Verdict) -> None:
-    """Compare every source with its pin: a content hash, or of one from the Hub the commit."""
+def _require_same(made: Mapping, verdict: Verdict) -> None:
     verdict.require()
+    if changed := other_sources(made, verdict):
+        name, model = next(iter(changed.items()))
+        raise RecipeError(
+            f"{name}: {model.path} is not what the recipe was made from, or has changed since; "
+            f"give the original by --source {name}=PATH"
+        )
+
+
+def other_sources(made: Mapping, verdict: Verdict) -> dict[str, Model]:
+    """The models of a group, by name, that are not what a recipe was made from.
+
+    Each is compared with its pin: a content hash, or of one from the Hub the commit.
+
+    Args:
+        made: the recipe.
+        verdict: on the group; its weights are all here.
+    """
     models = {"base": verdict.base, **verdict.experts}
     written = {"base": made["base"], **made["experts"]}
     pins = made.get("sha256", {})
     with Hashes({name: model for name, model in models.items() if name in pins}) as hashes:
         found = hashes.result()
-    for name, model in models.items():
-        commit = str(written[name]).partition("@")[2]
-        if found.get(name) != pins.get(name) or (name not in pins and model.path.name != commit):
-            raise RecipeError(
-                f"{name}: {model.path} is not what the recipe was made from, or has changed since; "
-                f"give the original by --source {name}=PATH"
-            )
+    return {
+        name: model
+        for name, model in models.items()
+        if found.get(name) != pins.get(name)
+        or (name not in pins and model.path.name != str(written.get(name)).partition("@")[2])
+    }
 
 
 def _router(file: Path, made: Mapping) -> tuple[Mapping, Mapping[str, Tensor]] | None:

@@ -12,11 +12,11 @@ from zoo import Group
 def run(method: Any, group: Group, out: str, config: Any, *, dry_run: bool) -> None:
     """Build ``out`` by a method, or print the plan alone."""
     import zoo
-    from upscale.building.build import build, checked
+    from upscale.building.build import build
     from upscale.building.plan import make_plan
 
     quiet_libraries()
-    verdict = zoo.check(group) if dry_run and config.one_rank else checked(group)
+    verdict = zoo.check(group) if dry_run and config.one_rank else zoo.checked(group)
     with progress_bar("reading spectra") as progress:
         plan = make_plan(verdict, method, config, progress)
     for warning in verdict.warnings:

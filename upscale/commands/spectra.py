@@ -66,7 +66,7 @@ def spectra(
         _check_writable(option, file)
     group, _ = group_and_rest(paths, given, rest=0)
     quiet_libraries()
-    verdict = zoo.check(group)
+    verdict = zoo.checked(group)
     # What `upscale smile` makes of the group by default, and with the least of it.
     plans = {rest: make_plan(verdict, method, SmileConfig(rest=rest, device=device)) for rest in ("experts", "base")}
     plan = plans["experts"]

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from upscale.config import EvalConfig
@@ -12,8 +12,10 @@ from upscale.evaluating.engines import is_server
 from upscale.evaluating.tasks import Task
 from upscale.loading import locate, read_config, require_expert
 from upscale.merging.merging import merge
-from zoo import Checkpoint, CheckpointError, Group, check
+from zoo import Checkpoint, CheckpointError, Group, checked
+from zoo.reading.checkpoint import is_adapter
 from zoo.reading.companions import companions
+from zoo.reading.folder import Folder
 
 MERGES = {"average": "average", "task arithmetic": "task-arithmetic", "TIES": "ties"}  # shown, called
 ORACLE = ", right expert forced"  # what the second name of an upscaled model ends in
@@ -119,10 +121,14 @@ def entrants(
 
 
 def _baselines(group: Group) -> list[Entrant]:
-    verdict = check(group)
-    verdict.require()
+    verdict = checked(group)
     found = {"base": (group.base, verdict.base), **{n: (s, verdict.experts[n]) for n, s in group.experts.items()}}
     if twin := sorted(found.keys() & MERGES.keys()):
         raise TaskError(f"an expert of the group is named {twin[0]} like a baseline; rename it")
-    plain = [Entrant(name, str(source), opened.path, given=False) for name, (source, opened) in found.items()]
+    plain = [
+        Entrant(name, "average", group=replace(group, experts={name: source}), given=False)  # a LoRA, merged
+        if is_adapter(Folder(opened.path))
+        else Entrant(name, str(source), opened.path, given=False)
+        for name, (source, opened) in found.items()
+    ]
     return [*plain, *(Entrant(name, method, group=group, given=False) for name, method in MERGES.items())]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from upscale.errors import ConfigError
 from upscale.merging.ties import elect, thresholds
-from zoo import Group, Verdict, Writer, check
+from zoo import Group, Verdict, Writer, checked
 from zoo.preflight import parameters
 from zoo.reading.heads import head
 
@@ -67,8 +67,7 @@ def merge(
         MismatchError, OutputError, CheckpointError: see ``zoo``.
     """
     group = group if isinstance(group, Group) else Group.load(group)
-    verdict = check(group)
-    verdict.require()
+    verdict = checked(group)
     merged = merging(verdict, method, scaling, density)
     with Writer(out, parameters(verdict.base)) as writer:
         for name in writer.declared:

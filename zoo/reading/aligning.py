@@ -12,7 +12,14 @@ from zoo.reading.heads import head
 from zoo.reading.model import Model, TensorSpec
 from zoo.reading.product import Product
 from zoo.reading.tied import HEAD, embedding_of, has_tied_head, is_tied
-from zoo.reading.vocabulary import Vocabulary, base_vocabulary, extended_tokenizer, tokens_of, union_vocabulary
+from zoo.reading.vocabulary import (
+    Vocabulary,
+    base_vocabulary,
+    extended_tokenizer,
+    tokens_of,
+    union_vocabulary,
+    with_ends,
+)
 
 _NAMED = 3  # tokens named in a message
 
@@ -183,7 +190,7 @@ def _arranged(
         config=_with_vocabulary(base.config, found.size) if grown else base.config,
         rows={name: {n: n for n in range(rows)} for name in names} if grown else {},
         filling=tuple(views.values()),
-        changed=extended_tokenizer(base, found.added),
+        changed={**extended_tokenizer(base, found.added), **with_ends(base, experts, found)},
     )
     return base, {n: replace(v, filling=base, config=_with_vocabulary(v.config, found.size)) for n, v in views.items()}
 

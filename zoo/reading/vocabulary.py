@@ -13,6 +13,7 @@ from zoo.reading.model import Model
 
 TOKENIZER = "tokenizer.json"
 _SETTINGS = "tokenizer_config.json"
+_GENERATION = "generation_config.json"
 _TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece")  # what their files' names begin with
 
 
@@ -112,8 +113,14 @@ def extended_tokenizer(base: Model, added: Mapping[int, Token]) -> dict[str, byt
             "the base's tokenizer with a fast one"
         )
     content: Any = folder.read_json(TOKENIZER)
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    entries: list[dict] = [{**plain, **t.entry, "id": n, "content": t.text} for n, t in sorted(added.items())]
+    plain: dict[str, Any] = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": False,
+    }
+    entries: list[Any] = [{**plain, **t.entry, "id": n, "content": t.text} for n, t in sorted(added.items())]
     content["added_tokens"] = sorted([*(content.get("added_tokens") or []), *entries], key=lambda entry: entry["id"])
     changed = {TOKENIZER: _dump(content)}
     if (base.path / _SETTINGS).is_file():
@@ -123,6 +130,31 @@ def extended_tokenizer(base: Model, added: Mapping[int, Token]) -> dict[str, byt
             settings["added_tokens_decoder"] = {**known, **decoder}
             changed[_SETTINGS] = _dump(settings)
     return changed
+
+
+def with_ends(base: Model, experts: Mapping[str, Model], found: Vocabulary) -> dict[str, bytes]:
+    """The base's ``generation_config.json`` with the tokens at which experts end their answers, if any are new ones.
+
+    Without them an expert that learnt to end with a token of its own would never stop.
+    """
+    ends = _ends(base)
+    for name, model in experts.items():
+        places = {of: to for to, of in found.rows[name].items()}
+        ends += [places[end] for end in _ends(model) if places.get(end) in found.added and places[end] not in ends]
+    if len(ends) == len(_ends(base)):
+        return {}
+    present = _GENERATION in companions(base.path)
+    settings = Folder(base.path).read_json(_GENERATION) if present else {}
+    return {_GENERATION: _dump({**settings, "eos_token_id": ends})}
+
+
+def _ends(model: Model) -> list[int]:
+    """The numbers of the tokens at which a model ends its answers."""
+    settings: Mapping = model.config
+    if _GENERATION in companions(model.path):
+        settings = {**settings, **Folder(model.path).read_json(_GENERATION)}
+    ends = settings.get("eos_token_id")
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
 
 
 def _dump(content: Mapping) -> bytes:
