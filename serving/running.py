@@ -5,7 +5,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,10 +32,31 @@ def running_server(model: str | Path, flags: Sequence[str], log: Path, expert: s
         EngineError: vLLM is missing, or the server stopped or did not answer in time; with the end of its log.
     """
     require_vllm()
+    with running(lambda address: server_command(str(model), [*flags, *address], expert), log) as url:
+        yield url
+
+
+@contextmanager
+def running(
+    command: Callable[[list[str]], Sequence[str]], log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Run a server of vLLM while the context lasts.
+
+    Args:
+        command: gives its command line for the flags that say where to listen.
+        log: where its output goes.
+        environment: of the process; None for this one's.
+
+    Yields:
+        The server's address; it answers.
+
+    Raises:
+        EngineError: the server stopped or did not answer in time; with the end of its log.
+    """
     port = _free_port()
-    command = server_command(str(model), [*flags, "--host", "127.0.0.1", "--port", str(port)], expert)
+    started = command(["--host", "127.0.0.1", "--port", str(port)])
     with log.open("wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(started, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(server, url, log)
