@@ -2,27 +2,26 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from upscale import router_file
 from upscale.building.build import write
 from upscale.building.methods import Method
-from upscale.building.overrides import overrides_of, settings_of, unused_seed
+from upscale.building.overrides import settings_of, unused_seed
 from upscale.building.plan import make_plan
 from upscale.building.rebuild import method_of
-from upscale.building.recipe import RECIPE, pinned, read_recipe
+from upscale.building.recipe import RECIPE, read_recipe
 from upscale.building.report import Report
 from upscale.building.stored import Stored
 from upscale.building.stored_expert import StoredExpert
 from upscale.config import AddConfig, BuildConfig
 from upscale.errors import ExpertError
+from upscale.growing.recipe import changed, sharing
 from upscale.growing.router import rearranged
 from upscale.publishing.card import MADE
 from upscale.publishing.contents import is_built
 from zoo import Group, Model, Source, Verdict
-from zoo.hub.licences import licence_of
 from zoo.preflight import check_against
 from zoo.reading.tied import embedding_of
 
@@ -88,7 +87,7 @@ def add(
         common = replace(common, budget=None, energy=config.energy)
     elif common.budget is not None:
         raise ExpertError(
-            f"{path}: its ranks share a budget of {common.budget} among {', '.join(growing.sharing)}; "
+            f"{path}: its ranks share a budget of {common.budget} among {', '.join(sharing(growing.made))}; "
             "give the new ones a --rank or an --energy of their own"
         )
     settings = growing.settings
@@ -178,17 +177,13 @@ class _Growing:
         """Of each expert that is there."""
         return settings_of(self.stored.layout.experts, self.config, self.made.get("overrides", {}))
 
-    @property
-    def sharing(self) -> Sequence[str]:
-        """The experts among which a budget was divided."""
-        return self.made.get("budget_of", self.stored.layout.experts)
-
     def group(self, experts: Mapping[str, str | Path], vocabulary: str | None, *, allow_pickle: bool) -> Group:
         """The models to add, on the base that the recipe names, which need not be there any more."""
         location, _, revision = self.made["base"].partition("@")
         base = Source(self.made["base"]) if Path(self.made["base"]).is_dir() else Source(location, revision or None)
-        sources = {name: Source.parse(str(text)) for name, text in experts.items()}
-        return Group(base, sources, vocabulary or self.made.get("vocabulary"), allow_pickle)
+        vocabulary = vocabulary or self.made.get("vocabulary")
+        given = Group.of(self.stored.path, experts, vocabulary=vocabulary, allow_pickle=allow_pickle)
+        return replace(given, base=base)
 
     def write(
         self, verdict: Verdict, group: Group | None, settings: Mapping[str, BuildConfig], progress: Progress | None
@@ -198,7 +193,7 @@ class _Growing:
         experts: dict[str, Model] = {
             name: verdict.experts[name] if name in added else StoredExpert.of(self.stored, name) for name in settings
         }
-        made = self._recipe(group, verdict, settings)
+        made = changed(self.made, self.config, settings, group, verdict.experts)
         router = rearranged(
             router_file.stored(self.stored.path), self.stored.layout.experts, list(experts), self._gained(verdict)
         )
@@ -212,16 +207,8 @@ class _Growing:
                 f"run `upscale calibrate {self.stored.path}` with prompts of every expert"
             )
         local = [name for name, source in added.items() if source.is_local]
-        report = write(
-            plan,
-            made,
-            self.stored.path,
-            hashed=local,
-            router=router,
-            files=others,
-            replace=True,
-            progress=progress,
-        )
+        out = self.stored.path
+        report = write(plan, made, out, hashed=local, router=router, files=others, replace=True, progress=progress)
         return Grown(report, (*verdict.warnings, *warnings))
 
     def _gained(self, verdict: Verdict) -> int:
@@ -230,34 +217,6 @@ class _Growing:
             return 0
         name = embedding_of(verdict.base)
         return verdict.base.tensors[name].shape[0] - self.stored.base.tensors[name].shape[0]
-
-    def _recipe(self, group: Group | None, verdict: Verdict, settings: Mapping[str, BuildConfig]) -> dict[str, Any]:
-        """The recipe of a build with these experts, which gives them the seeds and ranks that they have."""
-        made = dict(self.made)
-        added = {
-            name: pinned(source, verdict.experts[name]) for name, source in (group.experts if group else {}).items()
-        }
-        licences = {**made.get("licences", {}), **{name: licence_of(verdict.experts[name].path) for name in added}}
-        made |= {
-            "upscale_zoo": version("upscale-zoo"),
-            "experts": {name: {**made["experts"], **added}[name] for name in settings},
-            "licences": {name: licence for name, licence in licences.items() if name in ("base", *settings)},
-        }
-        if group and group.vocabulary:
-            made["vocabulary"] = group.vocabulary
-        changed = {
-            "overrides": overrides_of(settings, self.config),
-            "budget_of": list(self.sharing) if self.config.budget and list(self.sharing) != list(settings) else [],
-        }
-        router = made.pop("router", None)  # behind everything that the build decides
-        made = {key: value for key, value in made.items() if key not in changed}
-        made |= {key: value for key, value in changed.items() if value}
-        if router is not None:
-            made["router"] = router
-        if router is not None and isinstance(router.get("prompts"), dict):
-            known = {name: text for name, text in router["prompts"].items() if name in ("base", *settings)}
-            made["router"] = {**router, "prompts": known}
-        return made
 
     def _others(self) -> tuple[dict[str, Path], list[str]]:
         """The files that no build makes and that stay, and what is to be said of those that do not."""
