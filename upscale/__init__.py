@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from upscale.calibrating.calibration import calibrate
     from upscale.config import (
         AdaptConfig,
-        AddConfig,
         CalibrateConfig,
         EvalConfig,
         SmileConfig,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AdaptConfig": "config",
-    "AddConfig": "config",
     "CalibrateConfig": "config",
     "EvalConfig": "config",
     "SmileConfig": "config",
@@ -58,7 +56,6 @@ _HOME = {
 }
 __all__ = [
     "AdaptConfig",
-    "AddConfig",
     "CalibrateConfig",
     "EvalConfig",
     "SmileConfig",

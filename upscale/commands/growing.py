@@ -8,16 +8,23 @@ from rich.table import Table
 
 from upscale.commands.display import console, progress_bar, quiet_libraries, shade, size
 from upscale.commands.options import named_models, pickle_option, settings, vocabulary_option
-from upscale.config import AddConfig
+from upscale.config import BuildConfig
 
 
 @click.command()
 @click.argument("path", metavar="OUT")
 @click.argument("experts", nargs=-1, required=True, metavar="NAME=MODEL...")
+@click.option("--rank", type=int, metavar="R", help="Rank of the new experts, instead of what the recipe says.")
+@click.option(
+    "--energy",
+    type=float,
+    metavar="PART",
+    help="Part of each of the new experts' squared deltas to keep, instead of what the recipe says.",
+)
 @vocabulary_option
 @pickle_option
-@settings(AddConfig)
-def add(path: str, experts: tuple[str, ...], vocabulary: str | None, allow_pickle: bool, **options) -> None:
+@settings(BuildConfig, "device", "max_memory")
+def add(path: str, experts: tuple[str, ...], **options) -> None:
     """Add experts to OUT, as if it had been built with them: the other experts' models and the base are not needed.
 
     Everything is done as OUT's recipe says. OUT is exchanged for the new checkpoint in one step.
@@ -29,10 +36,10 @@ def add(path: str, experts: tuple[str, ...], vocabulary: str | None, allow_pickl
     """
     from upscale.growing.grow import add as run
 
-    config, named = AddConfig(**options), named_models(experts)
+    named = named_models(experts)
     quiet_libraries()
     with progress_bar("adding") as progress:
-        grown = run(path, named, config, vocabulary=vocabulary, allow_pickle=allow_pickle, progress=progress)
+        grown = run(path, named, progress=progress, **options)
     _show(path, grown)
 
 

@@ -15,8 +15,8 @@ from upscale.building.recipe import RECIPE, read_recipe
 from upscale.building.report import Report
 from upscale.building.stored import Stored
 from upscale.building.stored_expert import StoredExpert
-from upscale.config import AddConfig, BuildConfig
-from upscale.errors import ExpertError
+from upscale.config import BuildConfig
+from upscale.errors import ConfigError, ExpertError
 from upscale.growing.recipe import changed, sharing
 from upscale.growing.router import rearranged
 from upscale.publishing.card import MADE
@@ -46,8 +46,9 @@ class Grown:
 def add(
     path: str | Path,
     experts: Mapping[str, str | Path],
-    config: AddConfig | None = None,
     *,
+    rank: int | None = None,
+    energy: float | None = None,
     vocabulary: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -62,10 +63,12 @@ def add(
     Args:
         path: directory of the checkpoint.
         experts: models to add, by name: directories or Hub ids, fine-tunes of the base or LoRA adapters on it.
-        config: settings that may differ for them; or give them as ``options``, e.g. ``rank=16``.
+        rank: of theirs, if not the recipe's.
+        energy: part of each of their squared deltas to keep, if not the recipe's way.
         vocabulary: see ``Group``; by default the recipe's.
         allow_pickle: see ``Group``.
         progress: called after each step with (bytes done, bytes in all, name).
+        options: settings that decide no byte: ``device``, ``max_memory``.
 
     Raises:
         LoadError, RecipeError: not a directory of an upscaled model that ``upscale`` built.
@@ -74,17 +77,18 @@ def add(
         MismatchError, SourceError, CheckpointError: see ``zoo.check``.
         OutputError: see ``zoo.Writer``.
     """
-    config = config or AddConfig(**options)
-    growing = _Growing.open(path, {"device": config.device, "max_memory": config.max_memory})
+    if rank is not None and energy is not None:
+        raise ConfigError("--rank and --energy exclude each other: each decides all ranks")
+    growing = _Growing.open(path, options)
     old, common = growing.stored.layout.experts, growing.config
     if twice := [name for name in experts if name in old]:
         raise ExpertError(
             f"{path}: has an expert {twice[0]} already; choose another name, or `upscale remove` that one first"
         )
-    if config.rank is not None:
-        common = replace(common, rank=config.rank, budget=None, energy=None)
-    elif config.energy is not None:
-        common = replace(common, budget=None, energy=config.energy)
+    if rank is not None:
+        common = replace(common, rank=rank, budget=None, energy=None)
+    elif energy is not None:
+        common = replace(common, budget=None, energy=energy)
     elif common.budget is not None:
         raise ExpertError(
             f"{path}: its ranks share a budget of {common.budget} among {', '.join(sharing(growing.made))}; "
