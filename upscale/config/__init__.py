@@ -4,13 +4,11 @@ from upscale.config.adapting import AdaptConfig
 from upscale.config.building import BuildConfig, SmileConfig, WemoeConfig
 from upscale.config.calibrating import CalibrateConfig
 from upscale.config.evaluating import METRICS, EvalConfig
-from upscale.config.growing import AddConfig
 from upscale.config.option import recipe
 
 __all__ = [
     "METRICS",
     "AdaptConfig",
-    "AddConfig",
     "BuildConfig",
     "CalibrateConfig",
     "EvalConfig",
