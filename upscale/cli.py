@@ -28,6 +28,7 @@ _COMMANDS = {
     "route": "upscale.commands.route:route",
     "smile": "upscale.commands.smile:smile",
     "spectra": "upscale.commands.spectra:spectra",
+    "verify": "upscale.commands.verify:verify",
     "wemoe": "upscale.commands.wemoe:wemoe",
 }
 

@@ -84,6 +84,23 @@ def norm_of(delta: Tensor | Product) -> float:
     return float(torch.linalg.vector_norm(delta.float()))
 
 
+def deviation(rows: Tensor) -> float:
+    """How far the rows of a matrix [r, i] are from orthonormal: the largest entry of ``|rows rows^T - 1|``."""
+    if not len(rows):
+        return 0.0
+    rows = rows.double()
+    return float((rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).abs().max())
+
+
+def allowed_deviation(dtype: torch.dtype) -> float:
+    """What ``deviation`` may be for orthonormal rows that are stored in a dtype.
+
+    Rounding moves a unit vector by half an eps at most, so that no product of two moves by more than an eps; four leave
+    room for factors that were rounded before. In float32 the factoring itself, on any device, leaves more than that.
+    """
+    return max(1e-4, 4 * torch.finfo(dtype).eps)
+
+
 def singular_values(product: Product) -> Tensor:
     """Singular values of a product [m, n] of rank r, largest first: [min(m, n, r)] float32."""
     return torch.linalg.svdvals(_core(product)[1])

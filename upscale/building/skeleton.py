@@ -164,6 +164,19 @@ def _stored_names(checkpoint: Model, model: PreTrainedModel) -> dict[str, str]:
     return names
 
 
+def lacking(checkpoint: Model) -> list[str]:
+    """The parameters of a checkpoint's architecture that it has no tensor for.
+
+    Raises:
+        PlanError: transformers makes no model of its ``config.json``.
+    """
+    model = on_meta(checkpoint.config)
+    found = set(_stored_names(checkpoint, model))
+    for conversion in get_model_conversion_mapping(model):  # several tensors may become one parameter
+        found |= {conversion.rename_source_key(name)[0] for name in checkpoint.tensors}
+    return [name for name, _ in model.named_parameters() if name not in found]
+
+
 def on_meta(config: Mapping) -> PreTrainedModel:
     """The model of a ``config.json`` without its weights. Raises PlanError if transformers makes none of it."""
     kind = config["model_type"]

@@ -7,7 +7,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from upscale.commands.display import console, size
+from upscale.commands.display import console, progress_bar, quiet_libraries, size
 
 
 @click.command()
@@ -19,7 +19,7 @@ from upscale.commands.display import console, size
 @click.option("--licence", "--license", metavar="ID", help="Of the model, where it does not follow from its sources'.")
 @click.option("--token", metavar="TOKEN", help="Of the Hub; by default the one of `hf auth login` or HF_TOKEN.")
 @click.option("--no-xet", is_flag=True, help="Upload by plain LFS, as servers other than huggingface.co need it.")
-@click.option("--no-verify", is_flag=True, help="Do not check the files first.")
+@click.option("--no-verify", is_flag=True, help="Do not run `upscale verify` first.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent, and send nothing.")
 @click.pass_context
 def push(
@@ -60,12 +60,14 @@ def push(
     if parcel.left_out:
         names = escape(", ".join(parcel.left_out))
         console.print(f"[yellow]note[/] left out, no part of a checkpoint: {names}", highlight=False, soft_wrap=True)
+    if not no_verify:
+        quiet_libraries()
+        with progress_bar("verifying") as progress:
+            check(Path(directory), progress)
     if dry_run:
-        if not no_verify:
-            check(Path(directory))
         _show(parcel)
         return
-    pushed = publish(parcel, directory, target, verify=not no_verify)
+    pushed = publish(parcel, target)
     if not pushed.sent and not pushed.deleted:
         console.print(f"[green]unchanged[/] {pushed.url}", highlight=False, soft_wrap=True)
         return

@@ -5,6 +5,7 @@ from upscale.config.building import BuildConfig, SmileConfig, WemoeConfig
 from upscale.config.calibrating import CalibrateConfig
 from upscale.config.evaluating import METRICS, EvalConfig
 from upscale.config.option import recipe
+from upscale.config.verifying import VerifyConfig
 
 __all__ = [
     "METRICS",
@@ -13,6 +14,7 @@ __all__ = [
     "CalibrateConfig",
     "EvalConfig",
     "SmileConfig",
+    "VerifyConfig",
     "WemoeConfig",
     "recipe",
 ]

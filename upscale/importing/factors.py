@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from upscale.building.linalg import allowed_deviation, deviation
+
 
 def orthonormal(gate: Tensor) -> bool:
     """Whether the rows of ``gate`` [g, i] are orthonormal, as finely as its dtype can say."""
-    rows = gate.double()
-    off = rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype)
-    return not (off.abs() > max(1e-4, 4 * torch.finfo(gate.dtype).eps)).any()
+    return deviation(gate) <= allowed_deviation(gate.dtype)
 
 
 def factors(left: Tensor, right: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

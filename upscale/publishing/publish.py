@@ -16,11 +16,11 @@ from upscale.loading import locate, read_config
 from upscale.publishing.card import MADE, card
 from upscale.publishing.contents import contents, is_built
 from upscale.publishing.sources import origins, public
-from zoo import Checkpoint
+from upscale.verifying.verify import verify
 from zoo.errors import LicenceError
 from zoo.hub.licences import combined, front_matter, licence_of
 from zoo.hub.push import Pushed, Target, push
-from zoo.writing.integrity import differing
+from zoo.writing.integrity import Progress
 
 _RESULTS = "eval.json"
 
@@ -88,26 +88,26 @@ def pack(directory: str | Path, repo: str, licence: str | None = None) -> Parcel
     return Parcel(dict(sorted(files.items())), text, licence, tuple(left_out), tuple(notes))
 
 
-def publish(parcel: Parcel, directory: str | Path, target: Target, *, verify: bool = True) -> Pushed:
+def publish(parcel: Parcel, target: Target) -> Pushed:
     """Send a parcel.
 
     Raises:
-        CheckpointError, PublishError: the checkpoint is not what was written.
         HubError: see ``zoo.hub.push.push``.
     """
-    if verify:
-        check(Path(directory))
     title = f"Push with upscale-zoo {version('upscale-zoo')}"
     return push(parcel.files, target, owned=is_built, title=title)
 
 
-def check(directory: Path) -> None:
-    """Raise unless all files are there and have the bytes that were written."""
-    Checkpoint.open(directory)
-    if changed := differing(directory):
-        raise PublishError(
-            f"{directory}: {changed[0]} is not what checksums.json says; build it again, or push with --no-verify"
-        )
+def check(directory: Path, progress: Progress | None = None) -> None:
+    """Verify a checkpoint, in transformers but not in vLLM, which is started anew for each expert.
+
+    Raises:
+        PublishError: something is wrong with it.
+    """
+    found = verify(directory, engine="transformers", progress=progress)
+    if problems := found.problems:
+        more = f" (`upscale verify` names {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise PublishError(f"{directory}: {problems[0]}; build it again, or push with --no-verify{more}")
 
 
 def _own(text: str, licence: str | None, directory: Path) -> tuple[str, str]:
