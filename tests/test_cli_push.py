@@ -1,6 +1,5 @@
 """`upscale push` and `upscale pull` with a Hub: one commit or none, nothing twice, and each refusal one line."""
 
-import re
 import shutil
 import signal
 import subprocess
@@ -12,13 +11,12 @@ from threading import Event
 
 import pytest
 import yaml
-from safetensors.torch import load_file, save_file
 
 import upscale as library
 from tests.architectures import TABLE
 from tests.cli_runs import assert_one_message, every_file
 from tests.hub import Hub
-from zoo.writing.part import content_key, part_file
+from upscale import router_file
 
 LLAMA = next(architecture for architecture in TABLE if architecture.name == "llama")
 SENT_OTHERWISE = {"README.md", "upscale.yaml"}
@@ -64,17 +62,11 @@ def assert_holds(hub: Hub, repo: str, checkpoint: Path, revision: str = "main") 
 
 
 def other_router(checkpoint: Path) -> tuple[str, str]:
-    """Give the checkpoint a router under another name; returns the old file's name and the new one's."""
+    """Give the checkpoint another router, in a file of another name; returns the names of both files."""
     (old,) = checkpoint.glob("router-*.safetensors")
-    config = (checkpoint / "config.json").read_text()
-    (names,) = set(re.findall(r'"(router\.[0-9a-f]+)"', config))
-    values = {name.removeprefix(f"{names}."): tensor + 1 for name, tensor in load_file(old).items()}
-    renamed = f"router.{content_key(values)}"
-    tensors = {f"{renamed}.{name}": tensor for name, tensor in values.items()}
-    new = checkpoint / part_file("router", tensors)
-    save_file(tensors, new, {"format": "pt"})
-    old.unlink()
-    (checkpoint / "config.json").write_text(config.replace(names, renamed))
+    (settings, values), (_, layout) = router_file.stored(checkpoint), router_file.opened(checkpoint)
+    router_file.replace(checkpoint, layout, settings, {n: value + 1 for n, value in values.items()}, {"by": "hand"})
+    (new,) = checkpoint.glob("router-*.safetensors")
     return old.name, new.name
 
 
@@ -101,7 +93,7 @@ def test_a_new_version_takes_the_old_ones_files_away_and_nobody_elses(hub, onlin
     hub.behave()
     pushed = online("push", checkpoint, "alice/versions", *MIT)
     assert pushed.exit_code == 0, pushed.output
-    assert f"2 file(s) sent, 1 deleted: {old}" in pushed.output
+    assert f"3 file(s) sent, 1 deleted: {old}" in pushed.output
     assert hub.routes().count("lfs_put") == 1 and len(hub.repos["alice/versions"].titles()) == 4
     files = hub.repos["alice/versions"].files().keys()
     assert files == every_file(checkpoint).keys() | {".gitattributes", "notes.md", "old.png"}
