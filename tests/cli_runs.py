@@ -45,4 +45,4 @@ def every_file(directory: Path) -> dict[str, bytes]:
 
 def assert_one_message(output: str, message: str) -> None:
     assert message in output
-    assert output.count("Error: ") == 1 and "Traceback" not in output
+    assert sum(line.startswith("Error: ") for line in output.splitlines()) == 1 and "Traceback" not in output

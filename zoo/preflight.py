@@ -190,6 +190,8 @@ def _listed(what: str, tensors: list[str]) -> list[str]:
 def _differing(base: Model, expert: Model) -> list[str]:
     """Fields of ``config.json`` that both have, with different values."""
     shared = base.config.keys() & expert.config.keys() - _HISTORY
+    if not (base.config.get("use_sliding_window", True) or expert.config.get("use_sliding_window", True)):
+        shared -= {"sliding_window", "max_window_layers"}  # which then mean nothing
     return sorted(key for key in shared if base.config[key] != expert.config[key])
 
 

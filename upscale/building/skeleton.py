@@ -90,10 +90,17 @@ def skeleton(checkpoint: Model) -> Skeleton:
     is what ``get_output_embeddings`` returns. A norm is what behaves like one when it is run.
 
     Raises:
-        PlanError: transformers knows no causal LM for this configuration, or the checkpoint lacks tensors of it.
+        PlanError: transformers knows no causal LM for this configuration, or the checkpoint lacks tensors of it or has
+            them in other shapes.
     """
-    model = on_meta(checkpoint.config)
+    model = on_meta(checkpoint.config, most=len(checkpoint.tensors))
     names = _stored_names(checkpoint, model)
+    for name, parameter in model.named_parameters():
+        if (stored := names.get(name)) and checkpoint.tensors[stored].shape != tuple(parameter.shape):
+            raise PlanError(
+                f"{checkpoint.path}: {stored} has shape {list(checkpoint.tensors[stored].shape)}, by config.json "
+                f"it has {list(parameter.shape)}; one of the two is of another model"
+            )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     found, norms, absent, embeddings = [], [], [], []
     for name, module in model.named_modules():
@@ -177,17 +184,28 @@ def lacking(checkpoint: Model) -> list[str]:
     return [name for name, _ in model.named_parameters() if name not in found]
 
 
-def on_meta(config: Mapping) -> PreTrainedModel:
-    """The model of a ``config.json`` without its weights. Raises PlanError if transformers makes none of it."""
+def on_meta(config: Mapping, most: int | None = None) -> PreTrainedModel:
+    """The model of a ``config.json`` without its weights.
+
+    Args:
+        config: its fields.
+        most: blocks that it can have at most.
+
+    Raises:
+        PlanError: transformers makes no model of it, or it has more blocks.
+    """
     kind = config["model_type"]
     try:
         settings = CONFIG_MAPPING[kind].from_dict({**config, "dtype": "float32"})
+        blocks = getattr(settings.get_text_config(), "num_hidden_layers", None) or 0
+        if most is not None and blocks > most:  # a model of them all might never be finished
+            raise PlanError(f"config.json has num_hidden_layers {blocks}, but there are only {most} tensors")
         with torch.device("meta"):
             made = model_class(config)
             return made.from_config(settings) if made is AutoModelForCausalLM else made._from_config(settings)
     except KeyError as error:
         raise PlanError(f"model type {kind!r} is unknown to the installed transformers; update transformers") from error
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, AttributeError, StrictDataclassError) as error:
         message = " ".join(str(error).split())
         raise PlanError(f"transformers makes no model of this config.json ({kind}): {message}") from error
 

@@ -271,8 +271,14 @@ class _Parts:
         """PEFT's scaling; ``alpha_pattern`` names modules by the end of their names, as regular expressions."""
         alpha: Any = self.settings["lora_alpha"]
         name = module.removeprefix(_PREFIX)
-        for pattern, value in (self.settings.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
+        for pattern, value in dict(self.settings.get("alpha_pattern") or {}).items():
+            try:
+                matches = re.match(rf"(.*\.)?({pattern})$", name)
+            except re.error as error:
+                raise CheckpointError(
+                    f"{self.path / CONFIG}: alpha_pattern {pattern!r} is no pattern: {error}"
+                ) from error
+            if matches:
                 alpha = value
                 break
         return alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank

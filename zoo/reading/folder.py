@@ -48,6 +48,8 @@ class Folder:
         """
         file = self.file(name)
         try:
+            if file.exists() and not file.is_file():
+                raise CheckpointError(f"{file}: not a plain file; fetch the model again")
             if (nbytes := file.stat().st_size) > _LARGEST_JSON:
                 raise CheckpointError(f"{file}: {nbytes / 1e6:.0f} MB are too much for this file; fetch it again")
             content = json.loads(file.read_text(encoding="utf-8"))

@@ -1,6 +1,8 @@
 """Files of tensors: safetensors, and pickles where they are allowed. Headers first, then one tensor at a time."""
 
+import json
 import pickle
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,10 +128,20 @@ def header(folder: Folder, name: str) -> dict[str, TensorInfo]:
         return {key: TensorInfo(tuple(t.shape), t.dtype, file) for key, t in _unpickled(file).items()}
     found = {}
     with opened(file) as shard:
+        if twice := _twice(file):
+            raise CheckpointError(f"{file}: damaged: tensor {twice} stands there twice; fetch the file again")
         for key in sorted(shard.keys()):
             view = shard.get_slice(key)
             found[key] = TensorInfo(tuple(view.get_shape()), dtype_of(view.get_dtype(), key, file), file)
     return found
+
+
+def _twice(file: Path) -> str | None:
+    """A tensor that a header describes twice: readers differ in which of the two they take."""
+    with file.open("rb") as data:
+        text = data.read(int.from_bytes(data.read(8), "little"))
+    outermost = json.loads(text, object_pairs_hook=lambda pairs: [name for name, _ in pairs])
+    return next((name for name, count in Counter(outermost).items() if count > 1), None)
 
 
 def dtype_of(kind: str, tensor: str, file: str | Path) -> torch.dtype:

@@ -121,7 +121,8 @@ def extended_tokenizer(base: Model, added: Mapping[int, Token]) -> dict[str, byt
         "special": False,
     }
     entries: list[Any] = [{**plain, **t.entry, "id": n, "content": t.text} for n, t in sorted(added.items())]
-    content["added_tokens"] = sorted([*(content.get("added_tokens") or []), *entries], key=lambda entry: entry["id"])
+    listed: list[Any] = [*(content.get("added_tokens") or []), *entries]
+    content["added_tokens"] = sorted(listed, key=lambda entry: entry["id"])
     changed = {TOKENIZER: _dump(content)}
     if (base.path / _SETTINGS).is_file():
         settings: Any = folder.read_json(_SETTINGS)
