@@ -69,6 +69,13 @@ def test_what_is_left_of_a_pull_of_another_commit_does_not_stay(hub, online, bui
     assert every_file(online.directory / "other") == every_file(built)
 
 
+def test_a_model_that_we_did_not_build_is_pulled_too(hub, online):
+    files = {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle", "original/params.json": b"{}"}
+    hub.add("org/adapter", files)
+    assert online("pull", "org/adapter").exit_code == 0
+    assert every_file(online.directory / "adapter") == files
+
+
 def test_a_model_that_was_changed_after_it_was_built_is_refused(hub, online, built):
     hub.add("alice/changed", {**every_file(built), "tokenizer_config.json": b"{}"})
     done = online("pull", "alice/changed")

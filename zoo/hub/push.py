@@ -74,7 +74,7 @@ def push(files: Mapping[str, Path | bytes], target: Target, *, owned: Callable[[
     api = HfApi(token=target.token)
     with asking(target.repo):
         if "README.md" in files:
-            retried(lambda: _validate(target, files["README.md"]))
+            retried(lambda: _validate(api, target, files["README.md"]))
         retried(lambda: _prepare(api, target))
         additions = {
             name: CommitOperationAdd(name, str(file) if isinstance(file, Path) else file)
@@ -83,14 +83,19 @@ def push(files: Mapping[str, Path | bytes], target: Target, *, owned: Callable[[
         return retried(lambda: _commit(api, target, additions, owned, title))
 
 
-def _validate(target: Target, card: Path | bytes) -> None:
-    """Ask the Hub whether it would take the card."""
-    from huggingface_hub import ModelCard
+def _validate(api: Any, target: Target, card: Path | bytes) -> None:
+    """Ask the Hub whether it would take the card: ``create_commit`` does so too late, ``ModelCard`` not every Hub."""
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    try:
-        ModelCard((card.read_bytes() if isinstance(card, Path) else card).decode()).validate()
-    except ValueError as error:
-        raise HubError(f"{target.repo}: the Hub refuses README.md: {' '.join(str(error).split())}") from error
+    content = (card.read_bytes() if isinstance(card, Path) else card).decode()
+    answer = get_session().post(
+        f"{api.endpoint}/api/validate-yaml",
+        json={"repoType": "model", "content": content},
+        headers=build_hf_headers(token=target.token),
+    )
+    if answer.status_code == 400:
+        raise HubError(f"{target.repo}: the Hub refuses README.md: {' '.join(answer.text.split())}")
+    hf_raise_for_status(answer)
 
 
 def _prepare(api: Any, target: Target) -> None:
