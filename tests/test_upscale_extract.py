@@ -1,6 +1,7 @@
 """One expert taken out of an upscaled checkpoint, as a model and as a LoRA adapter, against transformers and PEFT."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -50,6 +51,10 @@ def test_an_expert_as_a_model_is_what_the_forced_model_computes(architecture, bu
     assert_same(model, upscale.load(out, expert="e2"))
     assert_same(model, AutoModelForCausalLM.from_pretrained(str(groups(architecture, 2).experts["e2"])), 1e-3)
     assert {"tokenizer.json", "README.md", "checksums.json"} <= {path.name for path in (tmp_path / "e2").iterdir()}
+    extract_model(out, "base", tmp_path / "base")
+    was, found = (Checkpoint.open(path) for path in (str(groups(architecture, 2).base), tmp_path / "base"))
+    assert found.config == was.config and found.tensors == was.tensors
+    assert all(torch.equal(found.read(name), was.read(name)) for name in was.tensors)
 
 
 def test_what_is_cut_off_is_cut_off_in_the_model_too(builds, wemoes, tmp_path):
@@ -126,17 +131,17 @@ def test_what_a_lora_cannot_hold_is_named_with_its_norm(builds, groups, tmp_path
         torch.testing.assert_close(b @ a, tune.read(name) - base.read(name), atol=1e-5, rtol=1e-5)
 
 
-def test_a_hub_base_is_named_with_its_commit(builds, tmp_path):
+def test_a_hub_base_is_named_with_its_commit_and_that_of_an_import_not_at_all(builds, tmp_path):
     out, _ = builds(LLAMA, 2, rank=4, router_rank=2)
-    (copy := tmp_path / "copy").mkdir()
-    for file in out.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    copy = shutil.copytree(out, tmp_path / "copy")
     recipe = yaml.safe_load((copy / "upscale.yaml").read_text())
-    (copy / "upscale.yaml").write_text(yaml.safe_dump({**recipe, "base": f"org/base@{'a1' * 20}"}))
-    extract_lora(copy, "e1", tmp_path / "lora")
-    settings = json.loads((tmp_path / "lora/adapter_config.json").read_text())
-    assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/base", "a1" * 20)
-    assert "base_model: org/base\n" in (tmp_path / "lora/README.md").read_text()
+    hub = {**recipe, "base": f"org/base@{'a1' * 20}"}
+    for changed, named in ((hub, ("org/base", "a1" * 20)), ({**recipe, "imported": {}}, (None, None))):
+        (copy / "upscale.yaml").write_text(yaml.safe_dump(changed))
+        extract_lora(copy, "e1", tmp_path / str(named[0]))
+        settings = json.loads((tmp_path / str(named[0]) / "adapter_config.json").read_text())
+        assert (settings["base_model_name_or_path"], settings["revision"]) == named
+        assert ("base_model: org/base\n" in (tmp_path / str(named[0]) / "README.md").read_text()) == bool(named[0])
 
 
 def test_what_cannot_be_taken_out_is_refused_in_one_line(builds, wemoes, groups, tmp_path):

@@ -84,6 +84,11 @@ class Stored:
         return self.checkpoint.path
 
     @property
+    def source(self) -> str:
+        """Where the recipe says that the base came from; empty if it says no such thing, as of an imported one."""
+        return "" if "imported" in self.recipe else str(self.recipe.get("base") or "")
+
+    @property
     def merged(self) -> bool:
         """Whether everything but the experts is a merge of the group."""
         settings = self.recipe.get("config")

@@ -21,7 +21,7 @@ _NAMED = 3  # tensors named in the warning
     "weights with all that is stored of the expert, as a model of its own.",
 )
 def extract(path: str, expert: str, directory: str, kind: str) -> None:
-    """Write the expert NAME of the upscaled model OUT to DIR, which must not exist.
+    """Write the expert NAME of the upscaled model OUT, or its base, to DIR, which must not exist.
 
     A LoRA holds no norms, embeddings, heads and biases: what is left out is named, here and in the adapter's card.
 
@@ -29,6 +29,7 @@ def extract(path: str, expert: str, directory: str, kind: str) -> None:
     Examples:
       upscale extract out math math-lora --as lora
       upscale extract org/zoo math math-model --as model
+      upscale extract org/zoo base base --as model
     """
     from upscale.growing.extract import extract_lora, extract_model
 

@@ -96,7 +96,8 @@ def list_(path: str, as_json: bool) -> None:
         return
     table = Table(title="Experts", title_justify="left")
     for column in ("expert", "source", "version", "ranks", "energy kept", "size", "share"):
-        table.add_column(column, justify="left" if column in ("expert", "source", "version") else "right")
+        justify = "left" if column in ("expert", "source", "version") else "right"
+        table.add_column(column, justify=justify, overflow="fold")
     for name, own in found.experts.items():
         ranks = "-" if own.ranks is None else "to".join(dict.fromkeys(f" {rank} " for rank in own.ranks)).strip()
         kept = "" if own.energy is None else shade(own.energy, f"{own.energy:.2%}")

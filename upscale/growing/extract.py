@@ -15,6 +15,7 @@ from upscale.growing.cards import adapter_card, model_card
 from upscale.loading import locate
 from upscale.runtime.layout_upscaled import LOW_RANK
 from upscale.runtime.router_upscaled import in_block
+from upscale.runtime.routing_upscaled import BASE
 from zoo import TensorSpec, Writer
 from zoo.writing.adapter import write_adapter
 
@@ -45,7 +46,7 @@ def extract_model(path: str | Path, expert: str, out: str | Path, *, progress: P
 
     Args:
         path: of the upscaled checkpoint, a directory or a Hub id.
-        expert: its name.
+        expert: its name; "base" for the base alone.
         out: directory to make; must not exist.
         progress: called after each tensor.
 
@@ -54,14 +55,15 @@ def extract_model(path: str | Path, expert: str, out: str | Path, *, progress: P
         LoadError: no upscaled model, or none with this expert.
         OutputError: see ``zoo.Writer``.
     """
-    model = _expert(path, expert)
+    stored = Stored.open(locate(path))
+    model = stored.base if expert == BASE else StoredExpert.of(stored, expert)
     declared = {name: TensorSpec(spec.shape, spec.dtype) for name, spec in model.tensors.items()}
     with torch.no_grad(), Writer(out, declared) as writer:
         for done, name in enumerate(declared, start=1):
             writer.write(name, model.read(name))
             if progress:
                 progress(done, len(declared), name)
-        writer.commit(model.config, {**model.companions, "README.md": model_card(model).encode()})
+        writer.commit(model.config, {**model.companions, "README.md": model_card(stored, expert).encode()})
         return Extracted(writer.nbytes)
 
 
@@ -82,8 +84,8 @@ def extract_lora(path: str | Path, expert: str, out: str | Path, *, progress: Pr
         ExpertError: what is stored is no LoRA over the base; says why and what to do.
         OutputError: see ``zoo.Writer``.
     """
-    model = _expert(path, expert)
-    stored = model.stored
+    stored = Stored.open(locate(path))
+    model = StoredExpert.of(stored, expert)
     _require_plain(stored)
     linears = {
         n.name: n for n in stored.skeleton.linears if in_block(n.name) and model.rank(n.name) and n.kind == "linear"
@@ -119,10 +121,6 @@ def extract_lora(path: str | Path, expert: str, out: str | Path, *, progress: Pr
         write_adapter(out, declared, read, settings, {"README.md": card.encode()})
     lost = sum(norm**2 for norm in left_out.values())
     return Extracted(sum(s.nbytes for s in declared.values()), rank, left_out, held / (held + lost))
-
-
-def _expert(path: str | Path, name: str) -> StoredExpert:
-    return StoredExpert.of(Stored.open(locate(path)), name)
 
 
 def _tensor(module: str, side: str) -> str:
@@ -162,8 +160,8 @@ def _settings(stored: Stored, ranks: Mapping[str, int], *, transposed: bool) -> 
     """``adapter_config.json``: alpha equals the rank everywhere, in PEFT's own words and in vLLM's."""
     most = max(ranks.values())
     less = {module: rank for module, rank in ranks.items() if rank < most}
-    pinned = re.fullmatch(r"(.+)@([0-9a-f]{40})", base := str(stored.recipe.get("base", "")))
-    local = Path(base).is_dir()
+    pinned = re.fullmatch(r"(.+)@([0-9a-f]{40})", base := stored.source)
+    local = bool(base) and Path(base).is_dir()
     return {
         "peft_type": "LORA",
         "task_type": _task(stored),

@@ -163,7 +163,7 @@ class _Growing:
         if "imported" in made:
             raise ExpertError(
                 f"{path}: was imported, so that it has no settings to go on with; "
-                "take its experts out by `upscale extract --as model` and build anew"
+                "take base and experts out by `upscale extract --as model` and build anew"
             )
         method, config = method_of(directory / RECIPE, made, machine)
         stored = Stored.open(directory)
