@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from serving.prompts import by_prompt
 from serving.server import engine_defaults, require_vllm
 from upscale.config import EvalConfig
 from upscale.errors import EngineError, LoadError
@@ -13,21 +14,28 @@ from upscale.loading import locate, read_config, require_expert
 
 
 class VllmEngine:
-    """``vllm.LLM`` with greedy sampling; forcing another expert loads the model anew."""
+    """``vllm.LLM`` with greedy sampling.
+
+    Where the router decides by prompt, each request names the expert that is forced; else the model is loaded anew.
+    """
 
     def __init__(self, model: str, config: EvalConfig):
         require_vllm()
         self.path, self.config = locate(model), config
-        self.llm, self.expert = None, None
+        self.by_prompt = by_prompt(read_config(self.path).get("upscale"))
+        self.llm, self.loaded = None, None  # the engine, and the expert that it was loaded for
+        self.expert: str | None = None
         self.generated: int | None = 0
 
     def force(self, expert: str | None) -> None:
         """See ``upscale.evaluating.engines.Engine``; loads the model, anew if it was loaded for another expert."""
         if expert is not None:
             require_expert(self.path, expert)
-        if self.llm is None or expert != self.expert:
+        wanted = None if self.by_prompt else expert
+        if self.llm is None or wanted != self.loaded:
             self.close()
-            self.llm, self.expert = self._load(expert), expert
+            self.llm, self.loaded = self._load(wanted), wanted
+        self.expert = expert
 
     def answer(self, prompts: Sequence[str], advance: Callable[[int], None]) -> list[str]:
         """See ``upscale.evaluating.engines.Engine``."""
@@ -67,8 +75,9 @@ class VllmEngine:
         from vllm.exceptions import VLLMValidationError
 
         run = self.llm.chat if chat else self.llm.generate
+        extra = {"expert": self.expert} if self.by_prompt and self.expert is not None else None
         try:
-            return run(prompts, SamplingParams(temperature=0.0, **sampling), use_tqdm=False)
+            return run(prompts, SamplingParams(temperature=0.0, extra_args=extra, **sampling), use_tqdm=False)
         except (
             ValueError,
             VLLMValidationError,

@@ -93,3 +93,10 @@ def test_the_hubs_own_command_line_reads_what_we_push_and_we_what_it_uploads(hub
     hf(hub, tmp_path / "cache", "upload", "alice/theirs", built, "--commit-message", "theirs")
     assert online("pull", "alice/theirs").exit_code == 0
     assert every_file(online.directory / "theirs") == every_file(built)
+
+
+def test_a_model_on_the_hub_is_verified_with_all_its_files(online, pushed):
+    """Its runtime and its checksums too, which loading it does not need."""
+    done = online("verify", "alice/model@v1", "--engine", "none")
+    assert done.exit_code == 0, done.output
+    assert "ok alice/model@v1" in done.output and "skipped │ no engine" in done.output

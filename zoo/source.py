@@ -94,17 +94,21 @@ class Source:
 
         return Folder(path, [name for name in names if "/" not in name], header)
 
-    def resolve(self, *, allow_pickle: bool = False) -> Path:
+    def resolve(self, *, allow_pickle: bool = False, whole: bool = False) -> Path:
         """The model's directory; a Hub id is downloaded (or found in the cache) first, without what is not needed.
+
+        Args:
+            allow_pickle: see ``folder``.
+            whole: with all that is in it.
 
         Raises:
             HubError: the Hub does not have it, does not grant access, or cannot be reached.
         """
         folder = self.folder(allow_pickle=allow_pickle)
-        if folder.remote:
+        if folder.remote or (whole and not self.is_local):
             from huggingface_hub import snapshot_download
 
             with asking(self, perhaps_local=True):
-                wanted = [*_SMALL, *weight_files(folder.remote, allow_pickle=allow_pickle)]
+                wanted = None if whole else [*_SMALL, *weight_files(folder.remote, allow_pickle=allow_pickle)]
                 retried(lambda: snapshot_download(self.location, revision=folder.path.name, allow_patterns=wanted))
         return folder.path

@@ -12,7 +12,7 @@ from upscale.config import EvalConfig, VerifyConfig
 from upscale.device import usable_device
 from upscale.errors import EngineError, LoadError
 from upscale.evaluating.engines import Engine, TransformersEngine, open_engine
-from upscale.loading import load, load_tokenizer, require_expert
+from upscale.loading import load, load_tokenizer
 from upscale.runtime.architecture_upscaled import autos_of
 from upscale.verifying.finding import FAILED, OK, SKIPPED, Finding, attempted, judged
 
@@ -78,7 +78,7 @@ def _transformers(
         return Finding("transformers", OK, f"loads as {type(model).__name__}; nothing was asked: {silent}")
     engine = TransformersEngine(str(directory), EvalConfig(dtype=config.dtype, device=config.device))
     name, dtype = type(engine.model).__name__, engine.model.dtype
-    scores = _scores(engine, _forced(directory, fields, config), "transformers", tell)
+    scores = _scores(engine, _forced(fields, config), "transformers", tell)
     said.append(_Said(scores, TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])))
     problems = [
         f"the log-likelihood of {TEXTS[n]!r} is {value} ({who})"
@@ -114,12 +114,9 @@ def _vllm(directory: Path, config: VerifyConfig, theirs: _Said, tell: Tell) -> F
     )
 
 
-def _forced(directory: Path, fields: Mapping, config: VerifyConfig) -> list[str | None]:
+def _forced(fields: Mapping, config: VerifyConfig) -> list[str | None]:
     """Who is forced: nobody, then those asked for, else every expert."""
-    experts = config.expert or tuple(fields["upscale"]["experts"])
-    for expert in experts:
-        require_expert(directory, expert)
-    return [None, *experts]
+    return [None, *(config.expert or fields["upscale"]["experts"])]
 
 
 def _scores(

@@ -11,7 +11,6 @@ from upscale.building.skeleton import Linear, Norm
 from upscale.building.stored import Stored
 from upscale.building.stored_expert import StoredExpert
 from zoo import Model, Verdict
-from zoo.preflight import parameters
 
 Progress = Callable[[int, int, str], None]  # bytes of the base done, bytes in all, tensor
 _FLOAT32 = 1e-4  # of a delta: what sums of squares in float32 may miss of it
@@ -90,7 +89,8 @@ def measure(stored: Stored, verdict: Verdict, progress: Progress | None = None) 
 
     Args:
         stored: the checkpoint.
-        verdict: on the group, which passed and has the checkpoint's experts; its weights are all here.
+        verdict: on the group, which passed and has the checkpoint's experts and its base's tensors; its weights are all
+            here.
         progress: called after each tensor of the base.
 
     Raises:
@@ -98,19 +98,16 @@ def measure(stored: Stored, verdict: Verdict, progress: Progress | None = None) 
     """
     experts = {name: StoredExpert.of(stored, name) for name in stored.layout.experts}
     sums = {name: _Sum() for name in experts}
-    weights = parameters(verdict.base)
-    base = sorted(stored.base.tensors.keys() ^ weights.keys())
-    shared = [name for name in stored.base.tensors if name in weights]
-    done, total = 0, sum(stored.base.tensors[name].nbytes for name in shared)
-    for name in shared:
+    base: list[str] = []
+    done, total = 0, sum(info.nbytes for info in stored.base.tensors.values())
+    for name, info in stored.base.tensors.items():
         source, written = verdict.base.read(name), stored.base.read(name)
-        same = source.shape == written.shape and torch.equal(_bits(source.to(written.dtype)), _bits(written))
-        if source.shape == written.shape:
-            for piece in _pieces(stored, experts, verdict, name, source if same else written, merged=not same):
-                sums[piece.expert].add(piece)
+        same = torch.equal(_bits(source.to(written.dtype)), _bits(written))
+        for piece in _pieces(stored, experts, verdict, name, source if same else written, merged=not same):
+            sums[piece.expert].add(piece)
         if not same and not (stored.merged and _place(stored, name) is None):
             base.append(name)
-        done += stored.base.tensors[name].nbytes
+        done += info.nbytes
         if progress:
             progress(done, total, name)
     reported = stored.report.energy if stored.report else {}

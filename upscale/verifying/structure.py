@@ -99,7 +99,8 @@ def layout(stored: Stored) -> Finding:
     """
     found = stored.skeleton
     places = {place.name: place for place in (*found.norms, *found.embeddings, *found.linears)}
-    said, experts, problems = stored.layout, stored.layout.experts, []
+    said, experts = stored.layout, stored.layout.experts
+    problems = [f"the base lacks {name}" for name in lacking(stored.base)]
     for name, entry in said.modules.items():
         place, shape = places.get(name), (entry.in_features, entry.out_features)
         if len(entry.ranks) != len(experts):
@@ -123,7 +124,6 @@ def layout(stored: Stored) -> Finding:
     for what, own in (("heads", said.heads), ("labels", said.labels)):
         if own and list(own) != list(experts):
             problems.append(f"config.json has {what} of {', '.join(own)}; the experts are {', '.join(experts)}")
-    problems += [f"the base lacks {name}" for name in lacking(stored.base)]
     return judged("layout", problems, f"{len(said.modules)} modules with experts fit the base", experts=list(experts))
 
 

@@ -11,15 +11,15 @@ from upscale.building.recipe import RECIPE, read_recipe
 from upscale.building.stored import Stored
 from upscale.config import VerifyConfig
 from upscale.errors import LoadError
-from upscale.loading import locate, read_config
+from upscale.loading import locate, read_config, require_expert
 from upscale.runtime.layout_upscaled import Layout
 from upscale.verifying import structure
 from upscale.verifying.engines import engines
 from upscale.verifying.finding import FAILED, OK, SKIPPED, Finding, Verification, judged
 from upscale.verifying.reconstruction import Measured, measure
 from upscale.verifying.weights import weights
-from zoo import Checkpoint, Group
-from zoo.errors import ZooError
+from zoo import Checkpoint, Group, Model, Source, Verdict, ZooError
+from zoo.preflight import parameters
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
@@ -50,16 +50,18 @@ def verify(
 
     Raises:
         SourceError: no such directory or Hub id.
-        LoadError: not an upscaled checkpoint, or one of another version.
+        LoadError: not an upscaled checkpoint, one of another version, or none with the experts asked for.
         ConfigError: a setting out of range.
         GroupError: ``against`` is no group.
     """
     config = config or VerifyConfig(**options)
     group = against if against is None or isinstance(against, Group) else Group.load(against)
     tell = progress or (lambda done, total, what: None)
-    directory = locate(out)
+    directory = locate(Source.parse(str(out)).resolve(whole=True))
     fields = read_config(directory)
     layout = _layout(out, fields)
+    for expert in config.expert:
+        require_expert(directory, expert)
     found = _Findings()
     found.run("files", lambda: structure.files(directory, fields))
     found.run("weights", lambda: _opened(directory))
@@ -140,20 +142,32 @@ def _against(stored: Stored, group: Group, measured: dict[str, Measured], progre
     if set(ours) != set(theirs):
         line = f"the group has experts {', '.join(theirs)}; the checkpoint has {', '.join(ours)}"
         return [judged("sources", [line]), *(Finding(n, SKIPPED, "needs sources") for n in ("base", "experts"))]
+    sources = _sources(made, verdict)
+    if other := _other_shapes(stored.base, verdict.base):
+        return [sources, judged("base", other), Finding("experts", SKIPPED, "needs base")]
     found = measure(stored, verdict, progress)
     measured |= found.experts
-    if made:
-        changed = other_sources(made, verdict)
-        problems = [f"{name}: {model.path} is not what {RECIPE} was made from" for name, model in changed.items()]
-        sources = judged("sources", problems, f"{1 + len(theirs)} models are those that {RECIPE} was made from")
-    else:
-        sources = Finding("sources", SKIPPED, f"no build wrote this checkpoint, so it has no {RECIPE}")
     merged = ", but for what was merged" if stored.merged else ""
     return [
         sources,
         judged("base", [f"tensor {name} is not the base's" for name in found.base], f"is the group's base{merged}"),
         _experts(found.lies, found.experts, reported=stored.report is not None),
     ]
+
+
+def _sources(made: Mapping, verdict: Verdict) -> Finding:
+    if not made:
+        return Finding("sources", SKIPPED, f"no build wrote this checkpoint, so it has no {RECIPE}")
+    changed = other_sources(made, verdict)
+    problems = [f"{name}: {model.path} is not what {RECIPE} was made from" for name, model in changed.items()]
+    return judged("sources", problems, f"{1 + len(verdict.experts)} models are those that {RECIPE} was made from")
+
+
+def _other_shapes(ours: Model, theirs: Model) -> list[str]:
+    """The tensors that only one of two bases has, or of another shape."""
+    sides = [{name: tuple(spec.shape) for name, spec in parameters(model).items()} for model in (ours, theirs)]
+    names = sorted(sides[0].keys() | sides[1].keys())
+    return [f"tensor {name} is not the base's" for name in names if sides[0].get(name) != sides[1].get(name)]
 
 
 def _experts(lies: Sequence[str], experts: Mapping[str, Measured], *, reported: bool) -> Finding:
