@@ -25,7 +25,7 @@ TEXTS = (
 )
 ROUTER = "router"  # nobody forced
 # Nats a token by which two engines may differ: they add in other orders, which routing by small differences amplifies.
-TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _CAUSAL = "AutoModelForCausalLM"
 
 

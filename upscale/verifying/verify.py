@@ -126,7 +126,7 @@ def _layout(out: str | Path, fields: dict) -> Layout:
 
 def _opened(directory: Path) -> Finding:
     checkpoint = Checkpoint.open(directory)
-    told = f"{len(checkpoint.files)} files, {checkpoint.nbytes / 1e6:,.1f} MB"
+    told = f"{len(checkpoint.files)} file(s), {checkpoint.nbytes / 1e6:,.1f} MB"
     return Finding("weights", OK, told, figures={"bytes": checkpoint.nbytes, "files": len(checkpoint.files)})
 
 
