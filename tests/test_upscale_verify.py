@@ -322,8 +322,8 @@ def test_the_wrong_sources_are_told_from_the_right_ones(builds, groups, plain):
     assert "expert e1: architecture gpt2 is not the base's llama" in misfit["sources"].problems[0]
 
 
-def test_a_report_that_lies_is_found(plain, groups):
-    """Also of what an expert changed and nobody kept."""
+def test_a_report_that_lies_is_found(plain, groups, tmp_path):
+    """Also one that is silent about what an expert changed and nobody kept."""
     file = plain / "report.json"
     report = json.loads(file.read_text())
     module = next(module for module in report["modules"] if module["name"] == Q)
@@ -333,6 +333,14 @@ def test_a_report_that_lies_is_found(plain, groups):
     assert failed(found).keys() == {"hashes", "experts"}
     (line,) = found["experts"].problems
     assert line.startswith(f"expert e2: {Q}.weight: ") and "is missing, report.json says" in line
+    upscale.smile(groups(LLAMA, 3), tmp_path / "lost", rank=8, rest="base")
+    assert verify(tmp_path / "lost", groups(LLAMA, 3), engine="none").ok
+    file = tmp_path / "lost/report.json"
+    report = json.loads(file.read_text())
+    report["rest"] = [tensor for tensor in report["rest"] if tensor["name"] != "model.norm.weight"]
+    file.write_text(json.dumps(report))
+    lines = verify(tmp_path / "lost", groups(LLAMA, 3), engine="none")["experts"].problems
+    assert [line.split(":")[1] for line in lines] == [" model.norm.weight"] * 3
 
 
 # ------------------------------------------------------------------------------------------------------- the command
