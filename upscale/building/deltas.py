@@ -1,6 +1,6 @@
 """What a build writes for a tensor, a norm or a linear: from the base's weights and the experts' deltas, in float32."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,10 +17,17 @@ from upscale.errors import NonFiniteError
 from zoo import Model
 from zoo.reading.product import Product
 
+_ROWS = 1024  # of a matrix, taken at once
+
 
 def _delta(plan: Plan, expert: str, name: str, origin: Tensor) -> Tensor:
-    """float32 delta of an expert's tensor, on the build's device; checks that it is finite."""
-    delta = _read(plan.experts[expert], name, plan.config.device).sub_(origin)
+    """float32 delta of an expert's tensor, on the build's device; checks that it is finite.
+
+    ``origin``, of any format, is never there in float32 as a whole.
+    """
+    delta = _read(plan.experts[expert], name, plan.config.device)
+    for rows, taken in zip(torch.atleast_1d(delta).split(_ROWS), torch.atleast_1d(origin).split(_ROWS), strict=True):
+        rows.sub_(taken.float())
     if not float(torch.linalg.vector_norm(delta)) < float("inf"):
         who = f"expert {expert}" if origin.isfinite().all() else "base"
         raise NonFiniteError(f"{who}: tensor {name} has NaN or infinite values; is the download complete?")
@@ -32,14 +39,13 @@ def rest_tensor(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
     source = plan.base.read(name)
     if not source.is_floating_point():
         return source, RestReport(name, {}, {})
-    base = source.to(plan.config.device).float()
+    base = source.to(plan.config.device)
     norms: dict[str, float] = {}
 
-    def deltas() -> Iterator[Tensor]:
-        for expert in plan.experts:
-            delta = _delta(plan, expert, name, base)
-            norms[expert] = float(torch.linalg.vector_norm(delta))
-            yield delta
+    def measured(expert: str) -> Tensor:
+        delta = _delta(plan, expert, name, base)
+        norms[expert] = float(torch.linalg.vector_norm(delta))
+        return delta
 
     if plan.merging is None:
         for expert, model in plan.experts.items():
@@ -49,7 +55,7 @@ def rest_tensor(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
                 product = model.product(name)
                 norms[expert] = norm_of(_delta(plan, expert, name, base) if product is None else product)
         return source, RestReport(name, norms, norms)
-    merged = plan.merging(base, deltas())
+    merged = plan.merging(base, map(measured, plan.experts))  # a map, unlike a generator, keeps none in memory
     if not any(norms.values()):
         return source, RestReport(name, norms, norms)
     left = {e: float(torch.linalg.vector_norm(_delta(plan, e, name, merged))) for e in plan.experts}
@@ -131,9 +137,9 @@ def _change_of(plan: Plan, expert: str, linear: Linear, origin: Callable[[], Ten
 def _origin(plan: Plan, linear: Linear) -> Tensor:
     """The weight that is written for the base: a tied head shares its tensor with embeddings that may be averaged."""
     if linear.weight not in plan.rest:
-        return _read(plan.base, linear.weight, plan.config.device)
+        return plan.base.read(linear.weight).to(plan.config.device)
     written = rest_tensor(plan, linear.weight)[0].to(plan.declared[linear.weight].dtype)
-    return written.to(plan.config.device).float()
+    return written.to(plan.config.device)
 
 
 def _read(model: Model, name: str, device: str) -> Tensor:

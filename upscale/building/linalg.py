@@ -10,6 +10,7 @@ from zoo.reading.product import Product
 
 OVERSAMPLE = 16  # extra columns of the sketch (Halko, Martinsson & Tropp 2011, section 4.2 suggests 5 to 10)
 POWER_ITERATIONS = 2
+_ROWS = 1024  # of a matrix, taken at once
 _CANCELLED = 1e-4  # below this share the difference of squares is float32 rounding: take the residual itself
 
 
@@ -54,13 +55,11 @@ def factor(delta: Tensor | Product, rank: int, *, exact: bool = False, seed: int
     Raises:
         NonFiniteError: NaN or infinity in ``delta``.
     """
-    norm = norm_of(delta)
-    if not norm < float("inf"):
-        raise NonFiniteError(f"a delta of shape {list(delta.shape)} has NaN or infinite values")
-    o, i = delta.shape
     if isinstance(delta, Product):
-        return _of_product(delta, rank, norm)
+        return _of_product(delta, rank)
     delta = delta.float()
+    norm = _finite(float(torch.linalg.vector_norm(delta)), delta)
+    o, i = delta.shape
     if norm == 0.0 or rank == 0:
         return LowRank(delta.new_zeros(0, i), delta.new_zeros(o, 0), norm, norm)
     if exact or rank + OVERSAMPLE >= min(o, i):
@@ -74,7 +73,19 @@ def factor(delta: Tensor | Product, rank: int, *, exact: bool = False, seed: int
     left = norm**2 - float(s[:kept].double().square().sum())
     if left > _CANCELLED * norm**2:
         return LowRank(down, up, norm, left**0.5)
-    return LowRank(down, up, norm, float(torch.linalg.vector_norm(delta - up @ down)))
+    return LowRank(down, up, norm, _missed(delta, down, up))
+
+
+def _missed(delta: Tensor, down: Tensor, up: Tensor) -> float:
+    """Norm of ``delta - up @ down``, without a matrix as large as the delta."""
+    parts = [torch.linalg.vector_norm(d - u @ down) for d, u in zip(delta.split(_ROWS), up.split(_ROWS), strict=True)]
+    return float(torch.linalg.vector_norm(torch.stack(parts)))
+
+
+def _finite(norm: float, delta: Tensor | Product) -> float:
+    if not norm < float("inf"):
+        raise NonFiniteError(f"a delta of shape {list(delta.shape)} has NaN or infinite values")
+    return norm
 
 
 def norm_of(delta: Tensor | Product) -> float:
@@ -113,8 +124,9 @@ def _core(product: Product) -> tuple[Tensor, Tensor, Tensor]:
     return q, left @ right.mT, p
 
 
-def _of_product(product: Product, rank: int, norm: float) -> LowRank:
+def _of_product(product: Product, rank: int) -> LowRank:
     q, core, p = _core(product)
+    norm = _finite(float(torch.linalg.vector_norm(core)), product)
     u, s, v = torch.linalg.svd(core, full_matrices=False)
     least = (s[0] if len(s) else 0.0) * max(product.shape) * torch.finfo(torch.float32).eps
     kept = min(rank, int((s > least).sum()))

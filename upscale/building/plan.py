@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from upscale.building import memory
 from upscale.building.methods import Method
 from upscale.building.overrides import Overrides, settings_of
 from upscale.building.ranks import Progress, choose_ranks
@@ -77,17 +78,31 @@ class Plan:
         return sum(spec.nbytes for spec in self.declared.values()) + self.router_bytes
 
     @property
-    def peak_bytes(self) -> int:
-        """Estimated peak memory of the build's own tensors: a few copies of the largest one, and all its factors.
-
-        A delta, its source and the base in float32 live at once; a full SVD adds two copies.
-        """
-        copies = 5 if self.config.exact else 3
-        sizes = [copies * 4 * torch.Size(self.base.tensors[name].shape).numel() for name in self.rest]
+    def working_bytes(self) -> dict[str, int]:
+        """Memory that each upscaled linear and each tensor of the rest takes while it is worked on."""
+        merge = self.merging.method if self.merging else None
+        sizes = {}
+        for name in self.rest:
+            base, expert = self._itemsizes(name)
+            sizes[name] = memory.of_rest(
+                torch.Size(self.base.tensors[name].shape).numel(), base=base, expert=expert, merge=merge
+            )
         for linear in self.linears:
-            factors = sum(torch.Size(shape).numel() for shape in self.layouts[linear.name].shapes().values())
-            sizes.append(4 * (copies * linear.in_features * linear.out_features + 3 * factors))
-        return max(sizes)
+            base, expert = self._itemsizes(linear.weight)
+            sizes[linear.name] = memory.of_linear(
+                linear, self.layouts[linear.name], base=base, expert=expert, exact=self.config.exact
+            )
+        return sizes
+
+    def _itemsizes(self, tensor: str) -> tuple[int, int]:
+        """Bytes of a number of a tensor: in the base, in the experts at most."""
+        experts = (model.tensors[tensor].dtype.itemsize for model in self.experts.values() if tensor in model.tensors)
+        return self.base.tensors[tensor].dtype.itemsize, max(experts)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Expected peak memory of this process if it builds now, its libraries among it."""
+        return memory.peak(self.working_bytes)
 
 
 def make_plan(
@@ -109,7 +124,8 @@ def make_plan(
     Raises:
         MismatchError: the group did not pass.
         PlanError: unknown architecture, or the patterns leave nothing to upscale.
-        ConfigError: the device does not exist, ``top_k`` exceeds the number of experts, or the budget cannot be met.
+        ConfigError: the device does not exist, ``top_k`` exceeds the number of experts, the budget cannot be met, or
+            the build needs more memory than ``max_memory``.
     """
     verdict.require()
     check_device(config.device)
@@ -136,10 +152,12 @@ def make_plan(
     router = method.router_bytes(found, chosen, experts, config)
     fixed = sum(spec.nbytes for spec in declared.values()) + router
     settings = settings_of(verdict.experts, config, overrides or {})
+    if not config.one_rank:
+        memory.require(config.max_memory, _spectra_bytes(verdict, chosen))
     ranks = choose_ranks(verdict, chosen, declared, fixed, settings, progress)
     of_linears = {n.name: method.largest(n, ranks[n.name], config) for n in chosen}
     _declare(declared, of_linears, weights)
-    return Plan(
+    plan = Plan(
         base=base,
         experts=verdict.experts,
         method=method,
@@ -156,6 +174,20 @@ def make_plan(
         heads=heads,
         declared=declared,
     )
+    memory.require(config.max_memory, plan.working_bytes)
+    return plan
+
+
+def _spectra_bytes(verdict: Verdict, linears: Sequence[Linear]) -> dict[str, int]:
+    """Memory that the spectrum of each linear takes."""
+    return {
+        n.name: memory.of_spectrum(
+            n.in_features * n.out_features,
+            min(n.in_features, n.out_features),
+            expert=max(model.tensors[n.weight].dtype.itemsize for model in verdict.experts.values()),
+        )
+        for n in linears
+    }
 
 
 def _declare(declared: dict[str, TensorSpec], layouts: Mapping[str, ModuleLayout], weights: Mapping[str, str]) -> None:

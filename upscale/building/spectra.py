@@ -195,6 +195,7 @@ def _module(verdict: Verdict, module: Module, device: str, step: Callable[[str],
         energies.append(squared_singular_values(delta).cpu())
         # From the same sketch, the subspaces of flat spectra would be alike for no other reason.
         subspaces.append(factor(delta, OVERLAP_RANK, seed=number).down.double())
+        del delta  # before the next one is made
         step(module.name)
     return torch.stack(energies), overlap(subspaces).cpu()
 

@@ -69,10 +69,11 @@ def low_rank(
     Raises:
         NonFiniteError: NaN or infinity in a delta.
     """
-    factors = {
-        expert: delta if isinstance(delta, LowRank) else factor(delta, rank, exact=exact, seed=seed)
-        for (expert, delta), rank, seed in zip(deltas, ranks, seeds, strict=True)
-    }
+    factors, left = {}, iter(deltas)
+    for rank, seed in zip(ranks, seeds, strict=True):
+        expert, delta = next(left)
+        factors[expert] = delta if isinstance(delta, LowRank) else factor(delta, rank, exact=exact, seed=seed)
+        del delta  # before the next one is made
     down = torch.cat([f.down for f in factors.values()])
     up = torch.cat([f.up for f in factors.values()], dim=1)
     bias = _bias(biases)

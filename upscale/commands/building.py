@@ -61,7 +61,7 @@ def _show_plan(plan) -> None:
         f"base and experts are {group:.2f}x",
         highlight=False,
     )
-    console.print(f"memory     about {size(plan.peak_bytes)} at the peak, beside the libraries'", highlight=False)
+    console.print(f"memory     about {size(plan.peak_bytes)} at the peak, libraries included", highlight=False)
 
 
 def _count(shape: tuple[int, ...]) -> int:

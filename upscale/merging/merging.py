@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from upscale.errors import ConfigError
@@ -35,7 +34,7 @@ class Merging:
     def __call__(self, base: Tensor, deltas: Iterable[Tensor]) -> Tensor:
         """The merged tensor [...] float32, of the base's and the experts' deltas, taken one at a time."""
         combined = _sum(deltas) if self.trims is None else elect(deltas, self.trims)
-        return base + self.scale * combined
+        return combined.mul_(self.scale).add_(base)
 
 
 def merge(
@@ -103,7 +102,9 @@ def _deltas(verdict: Verdict, name: str) -> Iterable[Tensor]:
 
 
 def _sum(deltas: Iterable[Tensor]) -> Tensor:
-    total = torch.zeros(())
-    for delta in deltas:
-        total = total + delta
+    left = iter(deltas)
+    total = 0.0 + next(left)
+    while (delta := next(left, None)) is not None:
+        total.add_(delta)
+        del delta  # before the next one is made
     return total
