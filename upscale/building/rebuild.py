@@ -106,10 +106,12 @@ def _group(file: Path, made: Mapping, sources: Mapping[str, str], *, allow_pickl
         raise RecipeError(f"{file}: has no model {unknown[0]}; it has {', '.join(written)}")
     found = {}
     for name, text in {**written, **sources}.items():
+        if name in made.get("sha256", {}) and name not in sources and not Path(text).is_dir():
+            raise RecipeError(f"{name}: no directory {text}; say where it is now by --source {name}=PATH")
         try:
             found[name] = Source.parse(text)
         except SourceError as error:
-            raise RecipeError(f"{name}: {error}; say where it is now by --source {name}=PATH") from error
+            raise RecipeError(f"{name}: {error}") from error
     base = found.pop("base")
     return replace(Group(base, found), vocabulary=made.get("vocabulary"), allow_pickle=allow_pickle)
 

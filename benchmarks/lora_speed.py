@@ -1,0 +1,125 @@
+"""Build a group of LoRA adapters: against reading the base twice, and against merging the adapters by PEFT first.
+
+The base is Llama-shaped with random bfloat16 weights (hidden 2048, MLP 5632, 12 layers, 32000 tokens), the three
+adapters have rank 16 in every linear of the blocks. Each time is a process of its own; the files are in the page cache.
+
+    python benchmarks/lora_speed.py WORK [--repeat N]
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from group import Spec, build
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+BASE = Spec(layers=12, vocab=32000, experts=0)
+RANK, ADAPTERS = 16, ("a", "b", "c")
+READ = """
+import sys, time, zoo
+start = time.perf_counter()
+for _ in range(2):
+    base = zoo.Checkpoint.open(sys.argv[1] + "/base")
+    for name in base.tensors:
+        base.read(name).clone()
+print(time.perf_counter() - start)
+"""
+BUILD = """
+import sys, time, upscale, zoo
+from upscale.building.build import smile
+work, out = sys.argv[1:3]
+start = time.perf_counter()
+smile(zoo.Group.of(work + "/base", {name: f"{work}/{name}" for name in "abc"}), out, rank=16)
+print(time.perf_counter() - start)
+"""
+MERGE = """
+import sys, time
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+work, out = sys.argv[1:3]
+start = time.perf_counter()
+for name in "abc":
+    base = AutoModelForCausalLM.from_pretrained(work + "/base", dtype="auto")
+    PeftModel.from_pretrained(base, f"{work}/{name}").merge_and_unload().save_pretrained(f"{out}/{name}")
+print(time.perf_counter() - start)
+"""
+SIDES = {"read the base twice": READ, "build": BUILD, "PEFT merges the adapters": MERGE}
+
+
+def write_adapters(work: Path) -> None:
+    """Adapters of PEFT's own format, random in both factors."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": [name.rsplit(".", 1)[1] for name in BASE.linears()],
+        "base_model_name_or_path": str(work / "base"),
+    }
+    for seed, adapter in enumerate(ADAPTERS):
+        rng = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for layer in range(BASE.layers):
+            for linear, (o, i) in BASE.linears().items():
+                name = f"base_model.model.model.layers.{layer}.{linear}"
+                tensors[f"{name}.lora_A.weight"] = (torch.randn(RANK, i, generator=rng) * i**-0.5).bfloat16()
+                tensors[f"{name}.lora_B.weight"] = (torch.randn(o, RANK, generator=rng) * 0.01).bfloat16()
+        (work / adapter).mkdir(exist_ok=True)
+        save_file(tensors, work / adapter / "adapter_model.safetensors")
+        (work / adapter / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def seconds(code: str, work: Path) -> float:
+    """Of one side, in a process of its own."""
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    done = subprocess.run([sys.executable, "-c", code, work, out], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args()
+    work = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    build(work, BASE)
+    write_adapters(work)
+    seconds(READ, work)  # into the page cache
+    runs: dict[str, list[float]] = {side: [] for side in SIDES}
+    for turn in range(args.repeat):
+        for side, code in SIDES.items():
+            if turn == 0 or code is not MERGE:  # which takes long
+                runs[side].append(seconds(code, work))
+                print(f"{side}: {runs[side][-1]:.2f} s", flush=True)
+    medians = {side: statistics.median(times) for side, times in runs.items()}
+    packages = ("upscale-zoo", "torch", "transformers", "peft", "safetensors")
+    report = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "group": {**asdict(BASE), "rank": RANK, "adapters": len(ADAPTERS)},
+        "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()},
+        "versions": {name: metadata.version(name) for name in packages},
+        "seconds": runs,
+        "ratios": {
+            "build / reading the base twice": medians["build"] / medians["read the base twice"],
+            "PEFT's merges / build": medians["PEFT merges the adapters"] / medians["build"],
+        },
+    }
+    (HERE / "lora_speed.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report["ratios"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
