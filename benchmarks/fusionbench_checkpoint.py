@@ -14,8 +14,8 @@ OUT gets `base`, `e1` and so on, the `smile` checkpoint that FusionBench saves, 
   linear with random weights and says so in a warning. The logits are of the model with that linear put back as the
   plain one that it was when it was saved.
 
-As released, its Mistral does not run with the transformers of peer-requirements.txt, as its Llama and Qwen2 do: it makes
-rotary embeddings as older versions did. `rotary` takes that call; nothing else of FusionBench's is touched.
+As released, its Mistral does not run with the transformers of peer-requirements.txt, as its Llama and Qwen2 do: it
+makes rotary embeddings as older versions did. `rotary` takes that call; nothing else of FusionBench's is touched.
 """
 
 import argparse
