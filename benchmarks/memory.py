@@ -9,26 +9,24 @@ resident size the kernel tells; the prediction is the plan's, in the same proces
 
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from group import Spec, write_config
 from safetensors.torch import save_file
+from upscale_speed import machine
 
 LLAMA_7B = Spec(hidden=4096, intermediate=11008, layers=2, heads=32, vocab=32000)
 LLAMA_1B = Spec(hidden=2048, intermediate=8192, layers=2, heads=32, vocab=128256)
 SHAPES = {"llama-7b": LLAMA_7B, "llama-1b-128k": LLAMA_1B}
 RUNS = {
-    "llama-7b": ("llama-7b", "smile", {"rank": 64}),
-    "llama-7b rank 256": ("llama-7b", "smile", {"rank": 256}),
+    "llama-7b": ("llama-7b", "smile", {"rank": 64, "max_memory": "4GiB"}),
     "llama-7b average": ("llama-7b", "smile", {"rank": 64, "rest": "average", "lm_head": True}),
-    "llama-7b wemoe": ("llama-7b", "wemoe", {"rank": 64}),
     "llama-7b wemoe dense": ("llama-7b", "wemoe", {"vectors": "dense"}),
     "llama-7b wemoe sparse": ("llama-7b", "wemoe", {"vectors": "sparse"}),
     "llama-1b-128k": ("llama-1b-128k", "smile", {"rank": 64}),
@@ -110,10 +108,10 @@ def main() -> None:
         print(name, runs[name], flush=True)
     if args.only is None:
         about = {
-            "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+            "machine": machine(),
             "versions": {name: version(name) for name in ("upscale-zoo", "torch", "safetensors")},
             "unit": "MB of 10^6 bytes, resident; libraries: before the build begins",
-            "models": {name: asdict(replace(spec)) for name, spec in SHAPES.items()},
+            "models": {name: asdict(spec) for name, spec in SHAPES.items()},
             "runs": runs,
         }
         Path(__file__).with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
