@@ -1,6 +1,7 @@
 """What the tests of the command line share: ways to run it, and groups as it takes them."""
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -45,4 +46,4 @@ def every_file(directory: Path) -> dict[str, bytes]:
 
 def assert_one_message(output: str, message: str) -> None:
     assert message in output
-    assert sum(line.startswith("Error: ") for line in output.splitlines()) == 1 and "Traceback" not in output
+    assert len(re.findall(r"(?<!\w)Error: ", output)) == 1 and "Traceback" not in output
