@@ -17,6 +17,7 @@ from upscale.building.skeleton import skeleton
 from zoo import Checkpoint, CheckpointError, Group, check
 from zoo.reading.adapter import Adapter
 from zoo.reading.folder import Folder
+from zoo.reading.origin import check_origin
 
 ROWS = {row.name: row for row in TABLE}
 ATTENTION = {"llama": ["q_proj", "v_proj"], "qwen2": ["q_proj", "o_proj"], "gpt2": ["c_attn", "c_proj"]}
@@ -210,6 +211,24 @@ def test_a_base_of_another_name_is_only_a_doubt(made, tmp_path):
     assert line.startswith("expert lora: says that it was trained on org/Somewhere-7B; make sure that")
     settings(base_model_name_or_path=f"org/{base.name}")(copy)
     assert check(Group.of(base, {"lora": copy})).warnings == ()
+
+
+def test_a_base_from_the_hub_is_known_by_its_id_and_commit(made, tmp_path):
+    base, _ = made("rslora")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--org--base/snapshots" / commit
+    shutil.copytree(base, cached)
+    opened = Checkpoint.open(cached)
+
+    def origin(**said):
+        return check_origin({"base_model_name_or_path": "org/base", **said}, "org/base", "v1", opened)
+
+    assert origin() is None and origin(revision="main") is None and origin(revision=commit) is None
+    assert origin(revision="v1") is None and origin(base_model_name_or_path="Org/Base") is None
+    with pytest.raises(CheckpointError, match="trained on org/other, the group's base is org/base; use that base"):
+        origin(base_model_name_or_path="org/other")
+    with pytest.raises(CheckpointError, match="trained on revision v2 of org/base, the group's base is v1; use it"):
+        origin(revision="v2")
 
 
 def test_an_adapter_that_changes_nothing_of_the_base_is_idle(made, tmp_path):

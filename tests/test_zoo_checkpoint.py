@@ -52,6 +52,33 @@ def test_one_file_and_shards_read_like_safetensors(single, sharded):
     assert checkpoint.config == json.loads((sharded / "config.json").read_text())
 
 
+def test_shards_without_an_index_are_all_read(single, sharded):
+    (sharded / INDEX).unlink()
+    assert_same(Checkpoint.open(sharded), load_file(single / "model.safetensors"))
+    first, *_, last = sorted(sharded.glob("*.safetensors"))
+    shutil.copy(first, last)
+    refused(sharded, f"{last.name}: tensor .* is in another shard too; fetch the model again")
+    last.unlink()
+    first.unlink()
+    refused(sharded, f"shards missing: {first.name}")
+
+
+@pytest.mark.parametrize("kind", ["one file", "shards", "shards without an index"])
+def test_pickles_are_read_with_leave(single, sharded, kind):
+    """As transformers saved them before safetensors."""
+    path = single if kind == "one file" else sharded
+    expected = load_file(single / "model.safetensors")
+    for file in path.glob("*.safetensors"):
+        torch.save(load_file(file), path / f"{file.stem.replace('model', 'pytorch_model')}.bin")
+        file.unlink()
+    if kind == "shards":
+        text = (path / INDEX).read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+        (path / "pytorch_model.bin.index.json").write_text(text)
+    (path / INDEX).unlink(missing_ok=True)
+    refused(path, r"weights only as pickle \(pytorch_model.*\.bin\).*pass --allow-pickle to read tensors alone")
+    assert_same(Checkpoint.open(path, allow_pickle=True), expected)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_float_format_is_read_as_it_is_stored(tmp_path, dtype):
     model = TABLE[0].model(seed=0).to(dtype)
@@ -148,7 +175,7 @@ def test_an_index_without_files(sharded, content):
     refused(sharded, "no weight_map of tensors and files; fetch the file again")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
 def test_pickles_are_never_read(single, name):
     (single / "model.safetensors").unlink()
     torch.save({"w": torch.zeros(1)}, single / name)

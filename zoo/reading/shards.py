@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -46,20 +47,15 @@ def tensors_of(folder: Folder, *, allow_pickle: bool = False) -> dict[str, Tenso
     """The tensors of a model's shards, from the headers alone (a pickle's are known once it is opened).
 
     Args:
-        folder: with ``model.safetensors``, or shards and their index; or the same as pickles.
+        folder: with ``model.safetensors``, or shards with or without their index; or the same as pickles.
         allow_pickle: take pickles where there is no safetensors file. Only tensors are unpickled, never code.
 
     Raises:
         CheckpointError: no weights, pickles that are not allowed, a shard missing or damaged, an index that lies.
     """
     names = set(folder.names())
-    single, index = (SINGLE, INDEX) if names & {SINGLE, INDEX} or not allow_pickle else (PICKLE, PICKLE_INDEX)
-    shards: dict[str, set[str] | None]
-    if single in names:  # before the index, as in transformers
-        shards = {single: None}
-    elif index in names:
-        shards = dict(_indexed(folder, index))
-    else:
+    shards = _shards(folder, SINGLE, INDEX) or (_shards(folder, PICKLE, PICKLE_INDEX) if allow_pickle else {})
+    if not shards:
         raise CheckpointError(_none(folder.path, sorted(names)))
     if missing := [name for name in shards if name not in names]:
         raise CheckpointError(
@@ -72,6 +68,8 @@ def tensors_of(folder: Folder, *, allow_pickle: bool = False) -> dict[str, Tenso
         held = header(folder, name)
         if absent := sorted((promised or set()) - held.keys()):
             raise CheckpointError(f"{file}: tensor {absent[0]} is in the index but not in the shard; fetch both again")
+        if again := sorted(found.keys() & held.keys() if promised is None else ()):
+            raise CheckpointError(f"{file}: tensor {again[0]} is in another shard too; fetch the model again")
         found |= {key: held[key] for key in sorted(held if promised is None else promised)}
     return found
 
@@ -79,9 +77,8 @@ def tensors_of(folder: Folder, *, allow_pickle: bool = False) -> dict[str, Tenso
 def is_complete(folder: Folder) -> bool:
     """Whether all files of a model's or an adapter's weights are here."""
     names = set(folder.names())
-    if INDEX in names and SINGLE not in names:
-        return names >= _indexed(folder, INDEX).keys()
-    return bool(names & {SINGLE, ADAPTER})
+    shards = _shards(folder, SINGLE, INDEX)
+    return ADAPTER in names or (bool(shards) and names >= shards.keys())
 
 
 def weight_files(names: Collection[str], *, allow_pickle: bool) -> list[str]:
@@ -91,6 +88,19 @@ def weight_files(names: Collection[str], *, allow_pickle: bool) -> list[str]:
     if found or not allow_pickle:
         return found
     return [name for name in top if name.endswith(".bin") and name.startswith(("pytorch_model", "adapter_model"))]
+
+
+def _shards(folder: Folder, single: str, index: str) -> Mapping[str, set[str] | None]:
+    """The files of a model's weights, with the tensors that an index promises in each; empty if there are none."""
+    names = folder.names()
+    if single in names:  # before the index, as in transformers
+        return {single: None}
+    if index in names:
+        return _indexed(folder, index)
+    stem, _, ending = single.partition(".")
+    pattern = re.compile(rf"{stem}-\d{{5}}-of-(\d{{5}})\.{ending}")
+    count = max((int(match[1]) for name in names if (match := pattern.fullmatch(name))), default=0)
+    return {f"{stem}-{n:05d}-of-{count:05d}.{ending}": None for n in range(1, count + 1)}
 
 
 def _indexed(folder: Folder, index: str) -> dict[str, set[str]]:
@@ -108,7 +118,7 @@ def _indexed(folder: Folder, index: str) -> dict[str, set[str]]:
 
 def _none(path: Path, names: list[str]) -> str:
     if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
-        readable = {PICKLE, PICKLE_INDEX} & set(names)
+        readable = any(name.startswith("pytorch_model") for name in pickles)
         remedy = "pass --allow-pickle to read tensors alone, or " if readable else ""
         return (
             f"{path}: weights only as pickle ({pickles[0]}), which can run code when read; {remedy}"
