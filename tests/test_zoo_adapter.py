@@ -13,7 +13,10 @@ from tests.architectures import TABLE
 from tests.conftest import save_model
 from tests.reference.models import IDS, close, logits
 from upscale import load, merge, smile
+from upscale.building.methods import smile as smile_method
+from upscale.building.plan import make_plan
 from upscale.building.skeleton import skeleton
+from upscale.config import SmileConfig
 from zoo import Checkpoint, CheckpointError, Group, check
 from zoo.reading.adapter import Adapter
 from zoo.reading.folder import Folder
@@ -239,3 +242,14 @@ def test_an_adapter_that_changes_nothing_of_the_base_is_idle(made, tmp_path):
     assert report.modules == []
     model = load(tmp_path / "out")
     assert torch.equal(logits(model), logits(load(base))) and IDS.numel()
+
+
+def test_the_plan_knows_the_ranks_from_the_headers(made):
+    """So that size, disk and memory are not those of full fine-tunes."""
+    base, directory = made("every linear")
+    plan = make_plan(check(Group.of(base, {"lora": directory})), smile_method, SmileConfig())
+    ranks = {linear.name: plan.layouts[linear.name].ranks for linear in plan.linears}
+    assert set(ranks.values()) == {(8,), (0,)}  # PEFT's default, and what the adapter leaves alone
+    assert [name for name, (rank,) in ranks.items() if not rank] == ["model.embed_tokens", "lm_head"]
+    full = make_plan(check(Group.of(base, {"full": base})), smile_method, SmileConfig())
+    assert plan.result_bytes < full.result_bytes and max(plan.working_bytes.values()) < max(full.working_bytes.values())

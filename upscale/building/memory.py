@@ -12,7 +12,7 @@ from upscale.building.linalg import OVERSAMPLE
 from upscale.building.skeleton import Linear
 from upscale.config.option import parse_size
 from upscale.errors import ConfigError
-from upscale.runtime.layout_upscaled import DENSE, SPARSE, ModuleLayout
+from upscale.runtime.layout_upscaled import DENSE, LOW_RANK, SPARSE, ModuleLayout
 
 _WORKING = 64 << 20  # bytes that libraries take once they compute
 _FLOAT, _DOUBLE = 4, 8
@@ -26,7 +26,9 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def of_linear(linear: Linear, layout: ModuleLayout, *, base: int, expert: int, exact: bool) -> int:
+def of_linear(
+    linear: Linear, layout: ModuleLayout, *, base: int, expert: int, exact: bool, factored: bool = False
+) -> int:
     """Bytes that it takes to upscale a linear.
 
     Args:
@@ -34,6 +36,7 @@ def of_linear(linear: Linear, layout: ModuleLayout, *, base: int, expert: int, e
         layout: the largest that it can get.
         base, expert: bytes of a number in the base and in an expert.
         exact: whether deltas are factored by full SVD.
+        factored: whether every expert's delta is stored as factors, so that it is never as large as the linear.
     """
     i, o, experts = linear.in_features, linear.out_features, len(layout.ranks)
     n, short, rank = i * o, min(i, o), max(layout.ranks, default=0)
@@ -42,6 +45,8 @@ def of_linear(linear: Linear, layout: ModuleLayout, *, base: int, expert: int, e
     if layout.vectors == SPARSE:
         return n * (base + 3 * _FLOAT + 2 * _DOUBLE)  # magnitudes are sorted, with their places
     stored = sum(layout.ranks) * (i + o) * _FLOAT
+    if factored and layout.vectors == LOW_RANK:
+        return n * base + 3 * stored
     before = stored - rank * (i + o) * _FLOAT  # of the experts before the last
     if exact or rank + OVERSAMPLE >= short:
         factoring = (n + short * (i + o) + 5 * short**2) * _FLOAT

@@ -89,8 +89,15 @@ class Plan:
             )
         for linear in self.linears:
             base, expert = self._itemsizes(linear.weight)
+            merged = self.merging is not None and linear.weight in self.rest
+            factored = not merged and all(m.known_rank(linear.weight) is not None for m in self.experts.values())
             sizes[linear.name] = memory.of_linear(
-                linear, self.layouts[linear.name], base=base, expert=expert, exact=self.config.exact
+                linear,
+                self.layouts[linear.name],
+                base=base,
+                expert=expert,
+                exact=self.config.exact,
+                factored=factored,
             )
         return sizes
 
@@ -154,7 +161,11 @@ def make_plan(
     settings = settings_of(verdict.experts, config, overrides or {})
     if not config.one_rank:
         memory.require(config.max_memory, _spectra_bytes(verdict, chosen))
+    merging = method.rest(verdict, config)
+    # Of a linear whose written weight is a merge, the deltas are of full rank whatever they are from the base.
+    merged = {n.name for n in chosen if merging is not None and n.weight in rest}
     ranks = choose_ranks(verdict, chosen, declared, fixed, settings, progress)
+    ranks |= {n.name: _known(ranks[n.name], n, verdict) for n in chosen if n.name not in merged}
     of_linears = {n.name: method.largest(n, ranks[n.name], config) for n in chosen}
     _declare(declared, of_linears, weights)
     plan = Plan(
@@ -168,7 +179,7 @@ def make_plan(
         tied=tied,
         layouts=layouts | of_linears,
         rest=rest,
-        merging=method.rest(verdict, config),
+        merging=merging,
         skeleton=found,
         router_bytes=router,
         heads=heads,
@@ -176,6 +187,12 @@ def make_plan(
     )
     memory.require(config.max_memory, plan.working_bytes)
     return plan
+
+
+def _known(ranks: Sequence[int], linear: Linear, verdict: Verdict) -> tuple[int, ...]:
+    """The experts' ranks in a linear, no larger than the headers say that their deltas can have."""
+    known = (model.known_rank(linear.weight) for model in verdict.experts.values())
+    return tuple(rank if most is None else min(rank, most) for rank, most in zip(ranks, known, strict=True))
 
 
 def _spectra_bytes(verdict: Verdict, linears: Sequence[Linear]) -> dict[str, int]:

@@ -92,6 +92,10 @@ class StoredExpert:
         """See Model."""
         return self.stored.base.companions
 
+    def known_rank(self, name: str) -> int | None:
+        """See Model: ``rank`` tells it, by module."""
+        return None
+
     def product(self, name: str) -> Product | None:
         """See Model: its factors are taken by ``factors``, with what is known of them."""
         return None

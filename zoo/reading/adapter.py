@@ -14,30 +14,14 @@ from zoo.errors import CheckpointError
 from zoo.reading.companions import companions
 from zoo.reading.folder import Folder
 from zoo.reading.model import Model, TensorSpec
+from zoo.reading.plain_lora import CONFIG, require_plain
 from zoo.reading.product import Product
 from zoo.reading.shards import ADAPTER, ADAPTER_PICKLE, TensorInfo, header, read
 from zoo.reading.tied import HEAD, embedding_of, has_tied_head
 
-CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.weight)?$")
 _BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias$")
-# What changes a LoRA into something else than base + B A, by the option of PEFT that asks for it.
-_REFUSED = {
-    "use_dora": "DoRA rescales the base's weights by a learnt norm, which no low-rank difference holds",
-    "use_qalora": "QALoRA adds to groups of a quantised base's weights",
-    "alora_invocation_tokens": "an activated LoRA applies to a part of the tokens only",
-    "layer_replication": "it has more layers than its base",
-    "target_parameters": "it changes parameters of experts that are stored together",
-    "trainable_token_indices": "it trains single rows of the embeddings",
-    "use_bdlora": "block-diagonal LoRA",
-    "kasa_config": "KaSA rescales the base's weights",
-    "arrow_config": "Arrow is a router over other adapters",
-    "monteclora_config": "MonteCLoRA samples its weights",
-    "velora_config": "VeLoRA",
-}
-# Initialisations that take their start out of the base's weights, so that B A alone is not the difference.
-_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -94,7 +78,7 @@ class Adapter:
             CheckpointError: no LoRA, one of a kind that is no low-rank difference, damaged, or not of this base.
         """
         settings = folder.read_json(CONFIG)
-        _require_plain(folder.path, settings)
+        require_plain(folder.path, settings)
         names = folder.names()
         if ADAPTER not in names and ADAPTER_PICKLE in names and not allow_pickle:
             raise CheckpointError(
@@ -135,6 +119,12 @@ class Adapter:
             tensor = tensor.float() + scale * read(self.stored[stored], stored).float()
         return tensor.float() + self._factored(name).dense() if name in self.factors else tensor
 
+    def known_rank(self, name: str) -> int | None:
+        """See Model: that of its factors, 0 of what it leaves alone."""
+        if name in self.whole or name in self.shifts:
+            return None
+        return self.stored[self.factors[name].a].shape[0] if name in self.factors else 0
+
     def product(self, name: str) -> Product | None:
         """See Model; None for what is stored whole, unless it is the base's own tensor saved once more."""
         if name in self.whole and not self._same(name):
@@ -162,25 +152,6 @@ class Adapter:
         a, b = (read(self.stored[tensor], tensor).float() for tensor in (at.a, at.b))
         product = Product(at.scale * b, a)
         return product.mT if at.transposed else product
-
-
-def _require_plain(path: Path, settings: Mapping) -> None:
-    if (kind := settings.get("peft_type")) != "LORA":
-        raise CheckpointError(f"{path}: a PEFT adapter of type {kind}; only LoRA is a low-rank difference of weights")
-    for option, reason in _REFUSED.items():
-        if settings.get(option):
-            raise CheckpointError(
-                f"{path}: {option} is set: {reason}; merge it into its base (`merge_and_unload`, `save_pretrained`) "
-                "and give the merged model"
-            )
-    start = settings.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_FROM_BASE):
-        raise CheckpointError(
-            f"{path}: init_lora_weights is {start!r}: its base's weights were changed at the start of training; save "
-            "it with `path_initial_model_for_weight_conversion`, or merge it into its base and give the merged model"
-        )
-    if not isinstance(settings.get("r"), int) or not isinstance(settings.get("lora_alpha"), int | float):
-        raise CheckpointError(f"{path / CONFIG}: lacks r or lora_alpha; fetch the file again")
 
 
 class _Parts:

@@ -81,6 +81,10 @@ class View:
         """A tensor as the model has it, before its rows are arranged."""
         return self.model.read(self.alias.get(name, name))
 
+    def known_rank(self, name: str) -> int | None:
+        """See Model."""
+        return self.model.known_rank(self.alias.get(name, name))
+
     def product(self, name: str) -> Product | None:
         """See Model."""
         product = self.model.product(self.alias.get(name, name))

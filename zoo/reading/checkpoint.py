@@ -62,6 +62,10 @@ class Checkpoint:
         """One tensor, in its stored dtype, on the CPU."""
         return read(self.tensors[name], name)
 
+    def known_rank(self, name: str) -> int | None:
+        """See Model: a full checkpoint knows nothing of its base."""
+        return None
+
     def product(self, name: str) -> Product | None:
         """See Model: a full checkpoint knows nothing of its base."""
         return None

@@ -64,6 +64,10 @@ class Model(Protocol):
         """One tensor, on the CPU."""
         ...
 
+    def known_rank(self, name: str) -> int | None:
+        """The most that a matrix's difference from the base's can have as its rank; None if only reading would tell."""
+        ...
+
     def product(self, name: str) -> Product | None:
         """A matrix's difference from the base's, where it is stored as factors or is known to be zero."""
         ...

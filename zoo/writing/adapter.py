@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from zoo.errors import OutputError
-from zoo.reading.adapter import CONFIG
 from zoo.reading.model import TensorSpec
+from zoo.reading.plain_lora import CONFIG
 from zoo.reading.shards import ADAPTER
 from zoo.writing.place import Place
 from zoo.writing.shard import Shard
