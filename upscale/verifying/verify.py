@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from upscale.building.build import checked
 from upscale.building.rebuild import other_sources
 from upscale.building.recipe import RECIPE, read_recipe
 from upscale.building.stored import Stored
@@ -18,7 +17,7 @@ from upscale.verifying.engines import engines
 from upscale.verifying.finding import FAILED, OK, SKIPPED, Finding, Verification, judged
 from upscale.verifying.reconstruction import Measured, measure
 from upscale.verifying.weights import weights
-from zoo import Checkpoint, Group, Model, Source, Verdict, ZooError
+from zoo import Checkpoint, Group, Model, Source, Verdict, ZooError, checked
 from zoo.preflight import parameters
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
