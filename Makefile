@@ -21,7 +21,7 @@ demo: install   ## train the demo zoo, upscale it, evaluate it, serve it, ask it
 	$(BIN)/upscale demo
 
 test: install   ## every test, with real vLLM
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 style: install  ## ruff, pyright, import-linter
 	$(BIN)/ruff format --check .
