@@ -94,7 +94,7 @@ class VllmEngine:
         if expert is not None:
             options["additional_config"] = {"upscale": {"expert": expert}}
         try:
-            return LLM(str(self.path), **options)
+            return LLM(str(self.path), use_tqdm_on_load=False, **options)
         except (ValueError, RuntimeError) as error:
             raise LoadError(f"{self.path}: vLLM cannot load it: {' '.join(str(error).split())}") from error
 
