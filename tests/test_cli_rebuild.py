@@ -14,7 +14,7 @@ from upscale import calibrate, router_file
 from zoo import Group
 from zoo.writing.part import content_key
 
-LLAMA, GPT2 = (next(row for row in TABLE if row.name == name) for name in ("llama", "gpt2"))
+LLAMA, GPT2, QWEN2 = (next(row for row in TABLE if row.name == name) for name in ("llama", "gpt2", "qwen2"))
 
 
 @pytest.fixture
@@ -49,6 +49,30 @@ def test_sources_are_pinned_by_content_and_may_move(checkpoint, tmp_path, monkey
     assert "say where it is now by --source e2=PATH" in result.output and not (tmp_path / "third").exists()
     monkeypatch.chdir(tmp_path)
     assert "warning" not in assert_rebuilt(out, Path("third"), "--source", "e2=moved")
+
+
+def test_another_machine_has_another_number_of_threads(groups, tmp_path):
+    """Which decides how sums are rounded, so that the recipe's number is taken; by what grows a checkpoint too."""
+    before = torch.get_num_threads()
+    group = groups(QWEN2, 3)
+    four = Group.of(
+        group.base.location, {**{n: s.location for n, s in group.experts.items()}, "e4": group.base.location}
+    )
+    try:
+        for count, name in ((1, "one"), (2, "two")):
+            torch.set_num_threads(count)
+            assert upscale("smile", tmp_path / name, *inline(group), "--rank", "24").exit_code == 0
+        recipes = [yaml.safe_load((tmp_path / name / "upscale.yaml").read_text()) for name in ("one", "two")]
+        assert [recipe.pop("threads") for recipe in recipes] == [1, 2] and recipes[0] == recipes[1]
+        assert_rebuilt(tmp_path / "one", tmp_path / "again")
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        assert upscale("smile", tmp_path / "four", *inline(four), "--rank", "24").exit_code == 0
+        torch.set_num_threads(2)
+        assert upscale("add", tmp_path / "one", f"e4={group.base}").exit_code == 0
+        assert every_file(tmp_path / "one") == every_file(tmp_path / "four")
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])

@@ -1,5 +1,8 @@
 """Where tensors are computed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from upscale.errors import ConfigError
@@ -15,6 +18,20 @@ def usable_device(device: str) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
     return device
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Within the context, compute on so many threads of the processor: how sums are rounded depends on it.
+
+    None: on as many as before.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_device(device: str) -> None:

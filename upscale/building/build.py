@@ -17,6 +17,7 @@ from upscale.building.recipe import RECIPE, fingerprint, recipe_bytes, recipe_of
 from upscale.building.report import Report
 from upscale.building.steps import outcomes, steps
 from upscale.config import BuildConfig, SmileConfig, WemoeConfig
+from upscale.device import threads
 from upscale.publishing.card import card
 from upscale.router_file import PART, named
 from upscale.runtime import runtime_files
@@ -122,6 +123,7 @@ def write(
     total, done, found = sum(step.nbytes for step in steps(plan)), 0, {}
     with (
         torch.no_grad(),
+        threads(made.get("threads")),
         Hashes({name: models[name] for name in hashed}, models) as hashes,
         Writer(out, plan.declared, fingerprint=fingerprint(plan, made, hashes.stamps), replace=replace) as writer,
     ):

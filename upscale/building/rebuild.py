@@ -15,6 +15,7 @@ from upscale.building.plan import make_plan
 from upscale.building.recipe import read_recipe
 from upscale.building.report import Report
 from upscale.config import BuildConfig, SmileConfig, WemoeConfig
+from upscale.device import threads
 from upscale.errors import ConfigError, LoadError, RecipeError
 from zoo import Group, Model, Source, SourceError, Verdict, checked
 from zoo.reading.contents import Hashes
@@ -36,8 +37,9 @@ def rebuild(
 ) -> Report:
     """Build what ``upscale.yaml`` describes, byte for byte, and write it to ``out``.
 
-    A router that was calibrated or adapted is taken from its file, which lies beside the recipe in a checkpoint. The
-    arithmetic is the same with the same version of torch on the same kind of processor.
+    A router that was calibrated or adapted is taken from its file, which lies beside the recipe in a checkpoint. It
+    computes on as many threads as the build did; the arithmetic is the same with the same version of torch on the same
+    kind of processor.
 
     Args:
         file: the recipe.
@@ -66,9 +68,9 @@ def rebuild(
     group = _group(file, made, sources or {}, allow_pickle=allow_pickle)
     verdict = checked(group)
     _require_same(made, verdict)
-    return write(
-        make_plan(verdict, method, config, progress, made.get("overrides")), made, out, router=router, progress=progress
-    )
+    with threads(made.get("threads")):  # the ranks of a budget are computed too
+        plan = make_plan(verdict, method, config, progress, made.get("overrides"))
+        return write(plan, made, out, router=router, progress=progress)
 
 
 def other_version(file: str | Path) -> str | None:

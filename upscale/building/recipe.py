@@ -17,6 +17,7 @@ from zoo.hub.licences import licence_of
 from zoo.reading.model import Model
 
 RECIPE = "upscale.yaml"
+_MOST_THREADS = 4096
 
 
 def recipe_of(plan: Plan, group: Group) -> dict:
@@ -29,6 +30,7 @@ def recipe_of(plan: Plan, group: Group) -> dict:
         "licences": {name: licence_of(model.path) for name, model in {"base": plan.base, **plan.experts}.items()},
         **({"vocabulary": group.vocabulary} if group.vocabulary else {}),
         "config": recipe(plan.config),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -78,4 +80,6 @@ def read_recipe(file: Path) -> dict:
         raise RecipeError(f"{file}: no recipe; give the upscale.yaml of a checkpoint that upscale built")
     if not isinstance(made.get("sha256", {}), dict) or not all(isinstance(s, str) for s in made["experts"].values()):
         raise RecipeError(f"{file}: a damaged recipe; fetch the file again")
+    if type(count := made.get("threads", 1)) is not int or not 1 <= count <= _MOST_THREADS:
+        raise RecipeError(f"{file}: a damaged recipe: threads {count!r}; fetch the file again")
     return made

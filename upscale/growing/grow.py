@@ -16,6 +16,7 @@ from upscale.building.report import Report
 from upscale.building.stored import Stored
 from upscale.building.stored_expert import StoredExpert
 from upscale.config import BuildConfig
+from upscale.device import threads
 from upscale.errors import ConfigError, ExpertError
 from upscale.growing.recipe import changed, sharing
 from upscale.growing.router import rearranged
@@ -201,9 +202,10 @@ class _Growing:
         router = rearranged(
             router_file.stored(self.stored.path), self.stored.layout.experts, list(experts), self._gained(verdict)
         )
-        plan = make_plan(
-            replace(verdict, experts=experts), self.method, self.config, progress, made.get("overrides", {})
-        )
+        with threads(made.get("threads")):
+            plan = make_plan(
+                replace(verdict, experts=experts), self.method, self.config, progress, made.get("overrides", {})
+            )
         others, warnings = self._others()
         if added and router[0]["type"] == "calibrated":
             warnings.append(

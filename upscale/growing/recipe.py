@@ -48,6 +48,7 @@ def changed(
         "licences": {name: licence for name, licence in licences.items() if name in ("base", *settings)},
         "vocabulary": group.vocabulary if group else made.get("vocabulary"),
         "config": made["config"],
+        "threads": made.get("threads"),
         "overrides": overrides_of(settings, config),
         "budget_of": [] if list(shared) == list(settings) else list(shared),
         "router": router,
