@@ -110,3 +110,11 @@ def hub(running) -> Hub:
 def online(hub, running) -> Client:
     """``online(*args, token=...)``: the `upscale` command with that Hub, in a directory of its own."""
     return running[1]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A directory to work in, from which nothing is to be written but OUT."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path

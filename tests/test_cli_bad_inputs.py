@@ -17,7 +17,7 @@ from tests.adapters import save_adapter
 from tests.architectures import TABLE
 from tests.cli_runs import assert_one_message, every_file, upscale
 from tests.conftest import perturbed, save_model
-from zoo import Checkpoint, CheckpointError, Group, GroupError, SourceError, ZooError, check
+from zoo import Checkpoint, CheckpointError, Group, ZooError, check
 
 LLAMA = TABLE[0]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -199,14 +199,6 @@ MODELS = {  # which model, what is done to it, and what is said
 }
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """A directory to work in, from which nothing is to be written but OUT."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path
-
-
 def refuse(models, place: Path, model: Path, message: str, *options: str) -> None:
     before = every_file(place)
     for command in (("check",), ("smile", "out")):
@@ -273,76 +265,6 @@ def test_a_configuration_that_lies_is_one_message(changes, message, models, plac
     assert result.exit_code == 1
     assert_one_message(result.output, message)
     assert every_file(place) == before
-
-
-BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nbase: *c\nexperts: {e: *c}\n"
-FILES = {
-    "bomb": (BOMB, "aliases (*name) are not read"),
-    "code": ("base: !!python/object/apply:os.system [exit]\nexperts: {e: b}\n", "not YAML: could not determine"),
-    "nested": ("base: a\nexperts: " + "[" * 20_000, "not YAML"),
-    "large": ("base: a\nexperts: {e: b}\n#" + "x" * (1 << 20), "too large for a group file"),
-    "two documents": ("base: a\nexperts: {e: b}\n---\nbase: c\n", "not YAML"),
-    "control characters": ("base: a\nexperts: {e: b\x07}\n", "not YAML"),
-    "zero byte in a path": ('base: "a\\0b"\nexperts: {e: b}\n', "no such directory, and not a Hub id"),
-    "vocabulary": ("base: org/a\nexperts: {e: org/b}\nvocabulary: mine\n", "must be one of base, union"),
-}
-
-
-@pytest.mark.parametrize(("text", "message"), FILES.values(), ids=list(FILES))
-def test_a_bad_group_file_is_one_message(text, message, place):
-    (place / "group.yaml").write_text(text)
-    result = upscale("smile", place / "group.yaml", "out")
-    assert result.exit_code == 1
-    assert_one_message(result.output, message)
-    assert not list((place / "here").iterdir())
-
-
-NAMES = [
-    "",
-    "é",
-    "数学",
-    "a/b",
-    "../a",
-    "a b",
-    "a;b",
-    "$(a)",
-    "`a`",
-    "a'b",
-    'a"b',
-    "-a",
-    ".a",
-    "a\nb",
-    "a\0b",
-    "🙂",
-    "x" * 65,
-]
-
-
-@pytest.mark.parametrize("name", [*NAMES, "base", "auto"])
-def test_a_bad_name_is_refused(name, models):
-    with pytest.raises(GroupError, match="expert name"):
-        Group.of(models["base"], {name: models["single"]})
-
-
-@given(st.text(max_size=20))
-@settings(max_examples=200, deadline=None)
-def test_a_name_is_plain_or_refused(name):
-    try:
-        Group.of("org/base", {name: "org/expert"})
-    except GroupError:
-        return
-    assert name.isascii() and all(c.isalnum() or c in "._-" for c in name) and name[0].isalnum()
-
-
-@given(st.text(max_size=40))
-@settings(max_examples=200, deadline=None)
-def test_a_model_s_place_is_parsed_or_refused(text):
-    try:
-        source = Group.of("org/base", {"e": text}).experts["e"]
-    except SourceError as error:
-        assert "\n" not in str(error) or "\n" in text
-        return
-    assert source.is_local or source.location.count("/") <= 1
 
 
 @given(data=st.data())
