@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console()
@@ -48,3 +50,17 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def show_grown(path: str, grown: Any) -> None:
+    """Say what a checkpoint that gained or lost experts has become; ``grown`` is of ``upscale.growing``."""
+    for warning in grown.warnings:
+        console.print(f"[yellow]warning[/] {escape(warning)}", highlight=False, soft_wrap=True)
+    report = grown.report
+    experts = ", ".join(report.expert_bytes)
+    ratio = report.result_bytes / report.base_bytes
+    console.print(
+        f"[green]wrote[/] {escape(path)}: {size(report.result_bytes)}, {ratio:.2f}x the base, with {experts}",
+        highlight=False,
+        soft_wrap=True,
+    )
