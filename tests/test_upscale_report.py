@@ -7,7 +7,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from tests.reference.models import paths, tensors
-from upscale.building.build import build
+from upscale.building.build import build, hashing
 from upscale.building.methods import smile as method
 from upscale.building.plan import make_plan
 from upscale.config import SmileConfig
@@ -84,9 +84,11 @@ def test_averaged_rest_is_the_mean_and_its_report_what_is_missed(architecture, g
 )
 def test_the_plan_bounds_what_is_written_and_progress_ends_at_its_total(architecture, groups, tmp_path, options):
     group, config = groups(architecture, 2), SmileConfig(rank=8, **options)
-    plan = make_plan(check(group), method, config)
+    verdict = check(group)
+    plan = make_plan(verdict, method, config)
     seen = []
-    report = build(plan, group, tmp_path / "out", progress=lambda *step: seen.append(step))
+    with hashing(group, verdict) as hashes:
+        report = build(plan, group, tmp_path / "out", hashes, progress=lambda *step: seen.append(step))
     for name, tensor in tensors(tmp_path / "out").items():
         assert tensor.dtype == plan.declared[name].dtype
         assert tensor.nbytes <= plan.declared[name].nbytes

@@ -49,7 +49,7 @@ def build(out: Path, steps=STEPS, *, commit=True, fingerprint: str | None = "f",
                 made.append(step)
             records.append(record)
         if not commit:
-            writer._settle()
+            writer._note(wait=True)
             os.kill(os.getpid(), signal.SIGKILL)
         writer.commit(CONFIG, {"report.json": json.dumps(records).encode()})
     return made

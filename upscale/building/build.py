@@ -1,8 +1,10 @@
 """The build loop: read one tensor from the base and every expert, hand the deltas to the method, write."""
 
 import dataclasses
+import gc
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from upscale.router_file import PART, named
 from upscale.runtime import runtime_files
 from upscale.runtime.layout_upscaled import LINEAR, Layout
 from upscale.runtime.modeling_upscaled import upscaled_config
-from zoo import Group, Writer, checked
+from zoo import Group, Verdict, Writer, checked
 from zoo.reading.contents import Hashes
 from zoo.reading.heads import labels
 
@@ -74,29 +76,43 @@ def _made(
     method: Method, group: Group | str | Path, out: str | Path, config: BuildConfig, progress: Progress | None
 ) -> Report:
     group = group if isinstance(group, Group) else Group.load(group)
-    return build(make_plan(checked(group), method, config, progress), group, out, progress=progress)
+    verdict = checked(group)
+    with hashing(group, verdict) as hashes:
+        return build(make_plan(verdict, method, config, progress), group, out, hashes, progress=progress)
 
 
-def build(plan: Plan, group: Group, out: str | Path, *, progress: Progress | None = None) -> Report:
+def hashing(group: Group, verdict: Verdict) -> Hashes:
+    """Begin to hash the group's local models; those from the Hub are pinned by their commits."""
+    models, sources = {"base": verdict.base, **verdict.experts}, {"base": group.base, **group.experts}
+    return Hashes({name: model for name, model in models.items() if sources[name].is_local}, models)
+
+
+def build(plan: Plan, group: Group, out: str | Path, hashes: Hashes, *, progress: Progress | None = None) -> Report:
     """Carry out a plan for the models of a group. Nothing is left in ``out`` unless all of it succeeds.
 
     A build that was killed goes on where it was when the same is built again.
+
+    Args:
+        plan: what to do.
+        group: its models.
+        out: directory to make; must not exist.
+        hashes: see ``hashing``; they may be on their way since before the plan.
+        progress: called after each step with (bytes done, bytes in all, name).
 
     Raises:
         OutputError: see ``zoo.Writer``.
         SourceError: a model was changed while it was read.
         NonFiniteError: NaN or infinity in a source, with tensor and expert.
     """
-    local = [name for name, source in {"base": group.base, **group.experts}.items() if source.is_local]
-    return write(plan, recipe_of(plan, group), out, hashed=local, progress=progress)
+    return write(plan, recipe_of(plan, group), out, hashes, progress=progress)
 
 
 def write(
     plan: Plan,
     made: Mapping,
     out: str | Path,
+    hashes: Hashes,
     *,
-    hashed: Collection[str] = (),
     router: tuple[Mapping, Mapping[str, Tensor]] | None = None,
     files: Mapping[str, bytes | Path] | None = None,
     replace: bool = False,
@@ -108,7 +124,7 @@ def write(
         plan: what to do.
         made: the recipe, for ``upscale.yaml``.
         out: directory to make.
-        hashed: names of the models, "base" or an expert's, whose content hashes go into the recipe.
+        hashes: of the models, "base" or an expert's, whose content hashes go into the recipe; all are watched.
         router: its settings and tensors; None: those that the method begins with.
         files: further files to put into ``out``.
         replace: ``out`` is there, and is exchanged for the new one.
@@ -119,15 +135,14 @@ def write(
         SourceError: a model was changed while it was read.
         NonFiniteError: NaN or infinity in a source, with tensor and expert.
     """
-    models = {"base": plan.base, **plan.experts}
     total, done, found = sum(step.nbytes for step in steps(plan)), 0, {}
     with (
         torch.no_grad(),
+        _settled(),
         threads(made.get("threads")),
-        Hashes({name: models[name] for name in hashed}, models) as hashes,
         Writer(out, plan.declared, fingerprint=fingerprint(plan, made, hashes.stamps), replace=replace) as writer,
     ):
-        for step, outcome in outcomes(plan, writer):
+        for step, outcome in outcomes(plan, writer, hashes):
             found[step.name] = outcome
             done += step.nbytes
             if progress:
@@ -151,6 +166,16 @@ def write(
         all_files = {**_files(plan, config, whole, report), **(files or {})}
         writer.commit(config, all_files, {PART: tensors} if tensors else {})
     return report
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Within the context, what the libraries hold is not searched for garbage: all threads wait for that."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _config(plan: Plan, layout: Layout) -> dict:

@@ -34,11 +34,14 @@ def _delta(plan: Plan, expert: str, name: str, origin: Tensor) -> Tensor:
     return delta
 
 
-def rest_tensor(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
-    """The tensor to write for a parameter that is not upscaled, and what each expert loses by it."""
+def rest_tensor(plan: Plan, name: str) -> tuple[Tensor | None, RestReport]:
+    """The tensor to write for a parameter that is not upscaled, and what each expert loses by it.
+
+    None: it stays as the base has it.
+    """
     source = plan.base.read(name)
     if not source.is_floating_point():
-        return source, RestReport(name, {}, {})
+        return None, RestReport(name, {}, {})
     base = source.to(plan.config.device)
     norms: dict[str, float] = {}
 
@@ -54,10 +57,10 @@ def rest_tensor(plan: Plan, name: str) -> tuple[Tensor, RestReport]:
             else:
                 product = model.product(name)
                 norms[expert] = norm_of(_delta(plan, expert, name, base) if product is None else product)
-        return source, RestReport(name, norms, norms)
+        return None, RestReport(name, norms, norms)
     merged = plan.merging(base, map(measured, plan.experts))  # a map, unlike a generator, keeps none in memory
     if not any(norms.values()):
-        return source, RestReport(name, norms, norms)
+        return None, RestReport(name, norms, norms)
     left = {e: float(torch.linalg.vector_norm(_delta(plan, e, name, merged))) for e in plan.experts}
     return merged, RestReport(name, norms, left)
 
@@ -138,8 +141,9 @@ def _origin(plan: Plan, linear: Linear) -> Tensor:
     """The weight that is written for the base: a tied head shares its tensor with embeddings that may be averaged."""
     if linear.weight not in plan.rest:
         return plan.base.read(linear.weight).to(plan.config.device)
-    written = rest_tensor(plan, linear.weight)[0].to(plan.declared[linear.weight].dtype)
-    return written.to(plan.config.device)
+    merged, _ = rest_tensor(plan, linear.weight)
+    written = plan.base.read(linear.weight) if merged is None else merged
+    return written.to(plan.declared[linear.weight].dtype).to(plan.config.device)
 
 
 def _read(model: Model, name: str, device: str) -> Tensor:

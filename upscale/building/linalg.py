@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from upscale.device import threads
 from upscale.errors import NonFiniteError
 from zoo.reading.product import Product
 
@@ -56,7 +57,8 @@ def factor(delta: Tensor | Product, rank: int, *, exact: bool = False, seed: int
         NonFiniteError: NaN or infinity in ``delta``.
     """
     if isinstance(delta, Product):
-        return _of_product(delta, rank)
+        with threads(1):  # of matrices so slim several only wait for each other
+            return _of_product(delta, rank)
     delta = delta.float()
     norm = _finite(float(torch.linalg.vector_norm(delta)), delta)
     o, i = delta.shape

@@ -89,17 +89,20 @@ class Plan:
             )
         for linear in self.linears:
             base, expert = self._itemsizes(linear.weight)
-            merged = self.merging is not None and linear.weight in self.rest
-            factored = not merged and all(m.known_rank(linear.weight) is not None for m in self.experts.values())
             sizes[linear.name] = memory.of_linear(
                 linear,
                 self.layouts[linear.name],
                 base=base,
                 expert=expert,
                 exact=self.config.exact,
-                factored=factored,
+                factored=self.factored(linear),
             )
         return sizes
+
+    def factored(self, linear: Linear) -> bool:
+        """Whether the deltas of all experts are stored as factors, so that none is ever as large as the linear."""
+        merged = self.merging is not None and linear.weight in self.rest  # what is written is not the base's own
+        return not merged and all(m.known_rank(linear.weight) is not None for m in self.experts.values())
 
     def _itemsizes(self, tensor: str) -> tuple[int, int]:
         """Bytes of a number of a tensor: in the base, in the experts at most."""

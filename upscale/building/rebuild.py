@@ -67,10 +67,10 @@ def rebuild(
     router = _router(file, made)
     group = _group(file, made, sources or {}, allow_pickle=allow_pickle)
     verdict = checked(group)
-    _require_same(made, verdict)
-    with threads(made.get("threads")):  # the ranks of a budget are computed too
+    with _pinned(made, verdict) as hashes, threads(made.get("threads")):  # the ranks of a budget are computed too
+        _require_same(made, verdict, hashes)
         plan = make_plan(verdict, method, config, progress, made.get("overrides"))
-        return write(plan, made, out, router=router, progress=progress)
+        return write(plan, made, out, hashes, router=router, progress=progress)
 
 
 def other_version(file: str | Path) -> str | None:
@@ -118,9 +118,14 @@ def _group(file: Path, made: Mapping, sources: Mapping[str, str], *, allow_pickl
     return replace(Group(base, found), vocabulary=made.get("vocabulary"), allow_pickle=allow_pickle)
 
 
-def _require_same(made: Mapping, verdict: Verdict) -> None:
-    verdict.require()
-    if changed := other_sources(made, verdict):
+def _pinned(made: Mapping, verdict: Verdict) -> Hashes:
+    """Hashes of the models that a recipe pins by their content."""
+    models = {"base": verdict.base, **verdict.experts}
+    return Hashes({name: model for name, model in models.items() if name in made.get("sha256", {})}, models)
+
+
+def _require_same(made: Mapping, verdict: Verdict, hashes: Hashes) -> None:
+    if changed := _others(made, verdict, hashes):
         name, model = next(iter(changed.items()))
         raise RecipeError(
             f"{name}: {model.path} is not what the recipe was made from, or has changed since; "
@@ -137,11 +142,14 @@ def other_sources(made: Mapping, verdict: Verdict) -> dict[str, Model]:
         made: the recipe.
         verdict: on the group; its weights are all here.
     """
+    with _pinned(made, verdict) as hashes:
+        return _others(made, verdict, hashes)
+
+
+def _others(made: Mapping, verdict: Verdict, hashes: Hashes) -> dict[str, Model]:
     models = {"base": verdict.base, **verdict.experts}
     written = {"base": made["base"], **made["experts"]}
-    pins = made.get("sha256", {})
-    with Hashes({name: model for name, model in models.items() if name in pins}) as hashes:
-        found = hashes.result()
+    pins, found = made.get("sha256", {}), hashes.result()
     return {
         name: model
         for name, model in models.items()

@@ -11,11 +11,11 @@ from upscale.building.deltas import norm_tensors, rest_tensor, upscaled_linear
 from upscale.building.plan import Plan
 from upscale.building.report import ModuleReport, RestReport
 from upscale.building.skeleton import Linear, Norm
+from upscale.device import threads
 from upscale.errors import NonFiniteError
 from upscale.runtime.layout_upscaled import ModuleLayout
-from zoo import Writer
-
-Put = Callable[[str, Tensor], None]  # writes a tensor
+from zoo import Model, Writer
+from zoo.reading.contents import Hashes
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,28 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Output:
+    """Where the tensors of steps go."""
+
+    plan: Plan
+    writer: Writer
+    hashes: Hashes
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor in the format that is planned for it."""
+        self.writer.write(name, _cast(name, tensor, self.plan.declared[name].dtype))
+
+    def copy(self, name: str, model: Model, own: str | None = None) -> None:
+        """Write a tensor of a model, ``own`` or of the same name: byte by byte where it lies in a file as it is."""
+        own = own or name
+        extent = model.extent(own)
+        if extent is None or model.tensors[own].dtype != self.plan.declared[name].dtype:
+            self.put(name, model.read(own))
+        else:
+            self.writer.copy(name, extent, self.hashes.of(extent))
+
+
+@dataclass(frozen=True)
 class Step:
     """A part of a build that is done as a whole.
 
@@ -63,7 +85,7 @@ class Step:
 
     name: str
     nbytes: int
-    run: Callable[[Put], Outcome]
+    run: Callable[[Output], Outcome]
 
 
 def steps(plan: Plan) -> list[Step]:
@@ -78,20 +100,17 @@ def steps(plan: Plan) -> list[Step]:
     return [*found, Step("heads", 0, partial(_heads, plan))] if plan.heads else found
 
 
-def outcomes(plan: Plan, writer: Writer) -> Iterator[tuple[Step, Outcome]]:
+def outcomes(plan: Plan, writer: Writer, hashes: Hashes) -> Iterator[tuple[Step, Outcome]]:
     """Do every step that a killed build of the same did not finish already.
 
     Raises:
         OutputError: see ``Writer``.
         NonFiniteError: NaN or infinity in a source, with tensor and expert.
     """
-
-    def put(name: str, tensor: Tensor) -> None:
-        writer.write(name, _cast(name, tensor, plan.declared[name].dtype))
-
+    output = Output(plan, writer, hashes)
     for step in steps(plan):
         if (record := writer.done(step.name)) is None:
-            record = step.run(put).to_json()
+            record = step.run(output).to_json()
             writer.finish(step.name, record)
         yield step, Outcome.from_json(record)
 
@@ -104,31 +123,35 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _rest(plan: Plan, name: str, put: Put) -> Outcome:
-    tensor, report = rest_tensor(plan, name)
-    put(name, tensor)
+def _rest(plan: Plan, name: str, output: Output) -> Outcome:
+    merged, report = rest_tensor(plan, name)
+    if merged is None:
+        output.copy(name, plan.base)
+    else:
+        output.put(name, merged)
     return Outcome(rest=[report] if any(report.norms.values()) else [])
 
 
-def _norm(plan: Plan, norm: Norm, put: Put) -> Outcome:
+def _norm(plan: Plan, norm: Norm, output: Output) -> Outcome:
     for name in (norm.weight, norm.bias):
         if name is not None:
-            put(name, plan.base.read(name))
+            output.copy(name, plan.base)
     changes, reports = norm_tensors(plan, norm)
     for tensor, value in (changes or {}).items():
-        put(f"{norm.name}.experts.{tensor}", value)
+        output.put(f"{norm.name}.experts.{tensor}", value)
     return Outcome(layout=plan.layouts[norm.name] if changes else None, rest=reports)
 
 
-def _linear(plan: Plan, linear: Linear, put: Put) -> Outcome:
+def _linear(plan: Plan, linear: Linear, output: Output) -> Outcome:
     for name in (linear.weight, linear.bias):
         if name is not None and name not in plan.rest:
-            put(name, plan.base.read(name))
-    upscaled = upscaled_linear(plan, linear)
-    if upscaled is None:
-        return Outcome()
-    for tensor, value in upscaled.tensors.items():
-        put(f"{linear.name}.experts.{tensor}", value)
+            output.copy(name, plan.base)
+    with threads(1 if plan.factored(linear) else None):  # factors are small; copying and hashing need the others
+        upscaled = upscaled_linear(plan, linear)
+        if upscaled is None:
+            return Outcome()
+        for tensor, value in upscaled.tensors.items():
+            output.put(f"{linear.name}.experts.{tensor}", value)
     kept = upscaled.kept
     report = ModuleReport(
         linear.name,
@@ -139,10 +162,10 @@ def _linear(plan: Plan, linear: Linear, put: Put) -> Outcome:
     return Outcome(upscaled.layout, report)
 
 
-def _heads(plan: Plan, put: Put) -> Outcome:
+def _heads(plan: Plan, output: Output) -> Outcome:
     for number, (expert, shapes) in enumerate(plan.heads.items()):
         for name in shapes:
-            put(f"heads.{number}.{name}", plan.experts[expert].read(name))
+            output.copy(f"heads.{number}.{name}", plan.experts[expert], name)
             if number == 0:
-                put(name, plan.base.read(name))
+                output.copy(name, plan.base)
     return Outcome()

@@ -15,6 +15,7 @@ from upscale.errors import LoadError
 from upscale.runtime.dense_upscaled import unpack
 from upscale.runtime.layout_upscaled import DENSE, SPARSE, ModuleLayout
 from zoo import TensorSpec
+from zoo.reading.model import Extent
 from zoo.reading.product import Product
 
 
@@ -91,6 +92,12 @@ class StoredExpert:
     def companions(self) -> Mapping[str, Path | bytes]:
         """See Model."""
         return self.stored.base.companions
+
+    def extent(self, name: str) -> Extent | None:
+        """See Model."""
+        if name in self.heads:
+            return self.stored.checkpoint.extent(f"heads.{self.number}.{name}")
+        return None if name == self._own_head or name in self.stored.places else self.stored.base.extent(name)
 
     def known_rank(self, name: str) -> int | None:
         """See Model: ``rank`` tells it, by module."""

@@ -12,20 +12,22 @@ from zoo import Group
 def run(method: Any, group: Group, out: str, config: Any, *, dry_run: bool) -> None:
     """Build ``out`` by a method, or print the plan alone."""
     import zoo
-    from upscale.building.build import build
+    from upscale.building.build import build, hashing
     from upscale.building.plan import make_plan
 
     quiet_libraries()
     verdict = zoo.check(group) if dry_run and config.one_rank else zoo.checked(group)
-    with progress_bar("reading spectra") as progress:
-        plan = make_plan(verdict, method, config, progress)
     for warning in verdict.warnings:
         console.print(f"[yellow]warning[/] {warning}", highlight=False, soft_wrap=True)
     if dry_run:
-        _show_plan(plan)
+        with progress_bar("reading spectra") as progress:
+            _show_plan(make_plan(verdict, method, config, progress))
         return
-    with progress_bar("upscaling") as progress:
-        report = build(plan, group, out, progress=progress)
+    with hashing(group, verdict) as hashes:
+        with progress_bar("reading spectra") as progress:
+            plan = make_plan(verdict, method, config, progress)
+        with progress_bar("upscaling") as progress:
+            report = build(plan, group, out, hashes, progress=progress)
     show_report(report)
     console.print(f"[green]wrote[/] {escape(out)}", highlight=False, soft_wrap=True)
 

@@ -24,6 +24,7 @@ from upscale.publishing.card import MADE
 from upscale.publishing.contents import is_built
 from zoo import Group, Model, Source, Verdict
 from zoo.preflight import check_against
+from zoo.reading.contents import Hashes
 from zoo.reading.tied import embedding_of
 
 Progress = Callable[[int, int, str], None]  # bytes of the base done, bytes in all, what is being done
@@ -202,19 +203,17 @@ class _Growing:
         router = rearranged(
             router_file.stored(self.stored.path), self.stored.layout.experts, list(experts), self._gained(verdict)
         )
-        with threads(made.get("threads")):
-            plan = make_plan(
-                replace(verdict, experts=experts), self.method, self.config, progress, made.get("overrides", {})
-            )
         others, warnings = self._others()
         if added and router[0]["type"] == "calibrated":
             warnings.append(
                 f"the router does not know {', '.join(added)} yet: it serves who asks for it by name; "
                 f"run `upscale calibrate {self.stored.path}` with prompts of every expert"
             )
-        local = [name for name, source in added.items() if source.is_local]
-        out = self.stored.path
-        report = write(plan, made, out, hashed=local, router=router, files=others, replace=True, progress=progress)
+        local = {name: experts[name] for name, source in added.items() if source.is_local}
+        verdict, out = replace(verdict, experts=experts), self.stored.path
+        with threads(made.get("threads")), Hashes(local, {"base": verdict.base, **experts}) as hashes:
+            plan = make_plan(verdict, self.method, self.config, progress, made.get("overrides", {}))
+            report = write(plan, made, out, hashes, router=router, files=others, replace=True, progress=progress)
         return Grown(report, (*verdict.warnings, *warnings))
 
     def _gained(self, verdict: Verdict) -> int:

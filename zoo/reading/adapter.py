@@ -13,7 +13,7 @@ from torch import Tensor
 from zoo.errors import CheckpointError
 from zoo.reading.companions import companions
 from zoo.reading.folder import Folder
-from zoo.reading.model import Model, TensorSpec
+from zoo.reading.model import Extent, Model, TensorSpec
 from zoo.reading.plain_lora import CONFIG, require_plain
 from zoo.reading.product import Product
 from zoo.reading.shards import ADAPTER, ADAPTER_PICKLE, TensorInfo, header, read
@@ -119,6 +119,14 @@ class Adapter:
             tensor = tensor.float() + scale * read(self.stored[stored], stored).float()
         return tensor.float() + self._factored(name).dense() if name in self.factors else tensor
 
+    def extent(self, name: str) -> Extent | None:
+        """See Model."""
+        if name in self.factors or name in self.shifts:
+            return None
+        if name in self.whole:
+            return self.stored[self.whole[name]].extent
+        return self.base.extent(self._in_base(name))
+
     def known_rank(self, name: str) -> int | None:
         """See Model: that of its factors, 0 of what it leaves alone."""
         if name in self.whole or name in self.shifts:
@@ -136,9 +144,11 @@ class Adapter:
         return None
 
     def _of_base(self, name: str) -> Tensor:
-        if name in self.base.tensors:
-            return self.base.read(name)
-        return self.base.read(embedding_of(self.base))  # a tied head that the adapter parts from its embedding
+        return self.base.read(self._in_base(name))
+
+    def _in_base(self, name: str) -> str:
+        """What the base calls a tensor: it has none for a tied head that the adapter parts from its embedding."""
+        return name if name in self.base.tensors else embedding_of(self.base)
 
     def _same(self, name: str) -> bool:
         """PEFT saves embeddings beside their own LoRA, changed or not."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.errors import CheckpointError
 from zoo.reading.heads import head
-from zoo.reading.model import Model, TensorSpec
+from zoo.reading.model import Extent, Model, TensorSpec
 from zoo.reading.product import Product
 from zoo.reading.tied import HEAD, embedding_of, has_tied_head, is_tied
 from zoo.reading.vocabulary import (
@@ -80,6 +80,10 @@ class View:
     def own(self, name: str) -> Tensor:
         """A tensor as the model has it, before its rows are arranged."""
         return self.model.read(self.alias.get(name, name))
+
+    def extent(self, name: str) -> Extent | None:
+        """See Model."""
+        return None if name in self.rows else self.model.extent(self.alias.get(name, name))
 
     def known_rank(self, name: str) -> int | None:
         """See Model."""

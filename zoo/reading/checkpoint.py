@@ -9,6 +9,7 @@ import torch
 from zoo.errors import CheckpointError
 from zoo.reading.companions import companions
 from zoo.reading.folder import Folder
+from zoo.reading.model import Extent
 from zoo.reading.product import Product
 from zoo.reading.shards import TensorInfo, read, tensors_of
 
@@ -61,6 +62,10 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in its stored dtype, on the CPU."""
         return read(self.tensors[name], name)
+
+    def extent(self, name: str) -> Extent | None:
+        """See Model."""
+        return self.tensors[name].extent
 
     def known_rank(self, name: str) -> int | None:
         """See Model: a full checkpoint knows nothing of its base."""

@@ -1,6 +1,7 @@
 """What every part of the package asks of a model's weights, whatever files they lie in."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -8,7 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from zoo.errors import CheckpointError
 from zoo.reading.product import Product
+
+_BLOCK = 1 << 20  # bytes read at once
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,32 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Size of the data in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Bytes of a file.
+
+    Attributes:
+        file: which.
+        start: place of the first.
+        nbytes: how many.
+    """
+
+    file: Path
+    start: int
+    nbytes: int
+
+    def blocks(self) -> Iterator[bytes]:
+        """The bytes, some at a time; fewer if the file ends before. Raises CheckpointError: they cannot be read."""
+        place, end = self.start, self.start + self.nbytes
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                while block := os.pread(file.fileno(), min(_BLOCK, end - place), place):
+                    yield block
+                    place += len(block)
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: cannot be read any more ({error.strerror}); start again") from error
 
 
 class Model(Protocol):
@@ -62,6 +92,10 @@ class Model(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
+        ...
+
+    def extent(self, name: str) -> Extent | None:
+        """Where the bytes of a tensor lie as ``read`` gives them; None if it makes them."""
         ...
 
     def known_rank(self, name: str) -> int | None:

@@ -1,6 +1,7 @@
 """Files of tensors: safetensors, and pickles where they are allowed. Headers first, then one tensor at a time."""
 
 import json
+import mmap
 import pickle
 import re
 from collections import Counter
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from zoo.errors import CheckpointError
 from zoo.reading.folder import Folder
-from zoo.reading.model import TensorSpec
+from zoo.reading.model import Extent, TensorSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -38,9 +39,15 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorInfo(TensorSpec):
-    """A tensor as its file's header describes it."""
+    """A tensor as its file's header describes it; ``start`` is the place of its first byte, where that is told."""
 
     file: Path = field(compare=False)
+    start: int | None = field(default=None, compare=False)
+
+    @property
+    def extent(self) -> Extent | None:
+        """Where its bytes lie; None in a pickle, and on the Hub."""
+        return None if self.start is None else Extent(self.file, self.start, self.nbytes)
 
 
 def tensors_of(folder: Folder, *, allow_pickle: bool = False) -> dict[str, TensorInfo]:
@@ -134,24 +141,26 @@ def header(folder: Folder, name: str) -> dict[str, TensorInfo]:
     file = folder.file(name)
     if not file.is_file() and folder.header is not None:
         return {key: TensorInfo(spec.shape, spec.dtype, file) for key, spec in folder.header(name).items()}
+    return header_of(file)
+
+
+def header_of(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file that is here, sorted by name. Raises CheckpointError: see ``header``."""
     if file.suffix == ".bin":
         return {key: TensorInfo(tuple(t.shape), t.dtype, file) for key, t in _unpickled(file).items()}
-    found = {}
-    with opened(file) as shard:
-        if twice := _twice(file):
-            raise CheckpointError(f"{file}: damaged: tensor {twice} stands there twice; fetch the file again")
-        for key in sorted(shard.keys()):
-            view = shard.get_slice(key)
-            found[key] = TensorInfo(tuple(view.get_shape()), dtype_of(view.get_dtype(), key, file), file)
-    return found
-
-
-def _twice(file: Path) -> str | None:
-    """A tensor that a header describes twice: readers differ in which of the two they take."""
-    with file.open("rb") as data:
+    with _opened(file), file.open("rb") as data:  # opened: all places are within the file and none is used twice
         text = data.read(int.from_bytes(data.read(8), "little"))
-    outermost = json.loads(text, object_pairs_hook=lambda pairs: [name for name, _ in pairs])
-    return next((name for name, count in Counter(outermost).items() if count > 1), None)
+        begin = data.tell()
+    # Of an object that names a key twice readers differ in which of the two they take.
+    named = Counter(json.loads(text, object_pairs_hook=lambda pairs: [name for name, _ in pairs]))
+    if twice := next((name for name, count in named.items() if count > 1), None):
+        raise CheckpointError(f"{file}: damaged: tensor {twice} stands there twice; fetch the file again")
+    described = json.loads(text)
+    described.pop("__metadata__", None)
+    return {
+        key: TensorInfo(tuple(d["shape"]), dtype_of(d["dtype"], key, file), file, begin + d["data_offsets"][0])
+        for key, d in sorted(described.items())
+    }
 
 
 def dtype_of(kind: str, tensor: str, file: str | Path) -> torch.dtype:
@@ -164,20 +173,28 @@ def dtype_of(kind: str, tensor: str, file: str | Path) -> torch.dtype:
 
 
 def read(info: TensorInfo, name: str) -> torch.Tensor:
-    """A tensor of a file, in its stored dtype, on the CPU.
-
-    The file is opened for each tensor, so that its memory map, and with it the process's size, is freed after use.
+    """A tensor of a file, in its stored dtype, on the CPU: a private map of its bytes alone, freed with it.
 
     Raises:
         CheckpointError: the file is damaged, or not fetched from the Hub yet.
     """
     if info.file.suffix == ".bin":
         return _unpickled(info.file)[name].contiguous()
-    with opened(info.file) as shard:
-        return shard.get_tensor(name)
+    if (extent := info.extent) is None:
+        raise CheckpointError(f"{info.file}: not fetched from the Hub yet")
+    if not extent.nbytes:
+        return torch.empty(info.shape, dtype=info.dtype)
+    before = extent.start % mmap.ALLOCATIONGRANULARITY  # maps begin at a page
+    try:
+        with info.file.open("rb") as data:
+            begin, length = extent.start - before, before + extent.nbytes
+            mapped = mmap.mmap(data.fileno(), length, access=mmap.ACCESS_COPY, offset=begin)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{info.file}: changed since it was opened ({error}); start again") from error
+    return torch.frombuffer(mapped, dtype=info.dtype, offset=before).reshape(info.shape)
 
 
-def opened(file: Path):
+def _opened(file: Path):
     """A safetensors file. Raises CheckpointError: damaged, or too large to map."""
     try:
         return safe_open(file, framework="pt")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from zoo.reading.model import TensorSpec
+from zoo.reading.model import Extent, TensorSpec
 from zoo.reading.shards import DTYPES
 
+_LARGE = 16 << 20  # bytes
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BLOCK = 1 << 20  # bytes read at once: what is hashed takes no memory
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Shard:
         total = sum(spec.nbytes for spec in declared.values())
         longest = {name: Entry(_NAMES[s.dtype], s.shape, total, total) for name, s in declared.items()}
         self._reserved = -(-len(_header(longest)) // 8) * 8
-        self._file = path.open("r+b" if path.is_file() else "w+b")
+        self._file = path.open("r+b" if path.is_file() else "w+b", buffering=0)
 
     def readmit(self, name: str, entry: Entry) -> None:
         """Take a tensor for written, whose bytes were found whole by their ``digest``; in the order of their places."""
@@ -59,28 +59,43 @@ class Shard:
     def write(self, name: str, tensor: torch.Tensor) -> Entry:
         """Append a tensor of any device. Raises OSError: the disk is full."""
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        entry = Entry(_NAMES[tensor.dtype], tuple(tensor.shape), self.end, self.end + data.nbytes)
-        self._file.seek(self._place(entry.start))
-        self._file.write(data.data)
-        self._file.flush()
+        entry = self.reserve(name, TensorSpec(tuple(tensor.shape), tensor.dtype))
+        self._put(data.data, self._place(entry.start))
+        return entry
+
+    def reserve(self, name: str, spec: TensorSpec) -> Entry:
+        """Make a place for a tensor, after all others; ``copy`` fills it."""
+        entry = Entry(_NAMES[spec.dtype], spec.shape, self.end, self.end + spec.nbytes)
         self.entries[name], self.end = entry, entry.end
         return entry
 
+    def copy(self, entry: Entry, extent: Extent) -> None:
+        """Fill the place of a tensor with bytes of another file; may run beside ``write``. Raises OSError."""
+        place = self._place(entry.start)
+        for block in extent.blocks():
+            self._put(block, place)
+            place += len(block)
+        if extent.nbytes >= _LARGE:
+            os.fdatasync(self._file.fileno())  # while there is time: ``close`` waits for all of it
+
     def digest(self, entry: Entry) -> str:
         """SHA-256 of the bytes of a tensor as they are in the file; may run beside ``write``."""
-        digest, place, end = hashlib.sha256(), self._place(entry.start), self._place(entry.end)
-        while block := os.pread(self._file.fileno(), min(_BLOCK, end - place), place):
+        digest = hashlib.sha256()
+        for block in Extent(self.path, self._place(entry.start), entry.end - entry.start).blocks():
             digest.update(block)
-            place += len(block)
         return digest.hexdigest()
+
+    def _put(self, data: bytes | memoryview, place: int) -> None:
+        left = memoryview(data)
+        while left:
+            written = os.pwrite(self._file.fileno(), left, place)
+            left, place = left[written:], place + written
 
     def close(self) -> None:
         """Write the header, and everything to the disk."""
         header = _header(self.entries).ljust(self._reserved)
         self._file.truncate(self._place(self.end))
-        self._file.seek(0)
-        self._file.write(self._reserved.to_bytes(8, "little") + header)
-        self._file.flush()
+        self._put(self._reserved.to_bytes(8, "little") + header, 0)
         os.fsync(self._file.fileno())
         self._file.close()
 

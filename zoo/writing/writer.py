@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from zoo.errors import OutputError
-from zoo.reading.model import TensorSpec
+from zoo.reading.model import Extent, TensorSpec
 from zoo.reading.shards import INDEX, SINGLE
 from zoo.writing.checksums import CHECKSUMS, checksums
 from zoo.writing.journal import Journal, Step, Written
@@ -24,6 +25,7 @@ from zoo.writing.place import Place
 from zoo.writing.shard import Shard
 
 SHARD_SIZE = 5_000_000_000  # bytes; the Hub's own default
+_THREADS = 4
 
 
 class Writer:
@@ -59,10 +61,11 @@ class Writer:
         self.declared = dict(declared)
         self._opened: dict[int, Shard] = {}
         self._digests: dict[str, Future[str]] = {}
+        self._copies: dict[str, Future[None]] = {}
         self._unfinished: list[str] = []  # tensors of no step yet
-        self._noted: Future[None] | None = None  # the last step
+        self._unnoted: deque[tuple[str, list[str], Any]] = deque()  # steps that the journal does not have yet
         self._records: dict[str, Any] = {}
-        self._pool = ThreadPoolExecutor(max_workers=1)  # hashes while the next tensors are made
+        self._pool = ThreadPoolExecutor(max_workers=_THREADS)  # copies and hashes while the next tensors are made
         try:
             self.shards = self._allot(shard_size)
             self._number = {name: number for number, shard in enumerate(self.shards) for name in shard}
@@ -124,10 +127,7 @@ class Writer:
             OutputError: the disk is full.
             ValueError: not declared, written before, another dtype, or larger than declared (a bug in the caller).
         """
-        if name not in self.declared:
-            raise ValueError(f"{name}: not declared")
-        if name in self._digests:
-            raise ValueError(f"{name}: written before")
+        self._require_missing(name)
         spec = self.declared[name]
         if tensor.dtype != spec.dtype or len(tensor.shape) != len(spec.shape):
             raise ValueError(f"{name}: declared {spec}, got {tuple(tensor.shape)} {tensor.dtype}")
@@ -141,6 +141,36 @@ class Writer:
         self._digests[name] = self._pool.submit(shard.digest, entry)
         self._unfinished.append(name)
 
+    def copy(self, name: str, extent: Extent, digest: Future[str]) -> None:
+        """Append one declared tensor, of just the declared shape, from the bytes of another file. Does not wait for it.
+
+        Args:
+            name: of the tensor.
+            extent: its bytes.
+            digest: their SHA-256.
+
+        Raises:
+            OutputError: the disk is full.
+            ValueError: not declared, written before, or another size (a bug in the caller).
+        """
+        self._require_missing(name)
+        if extent.nbytes != self.declared[name].nbytes:
+            raise ValueError(f"{name}: declared {self.declared[name]}, got {extent.nbytes} bytes")
+        try:
+            shard = self._shard(self._number[name])
+        except OSError as error:
+            raise self._full(error) from error
+        entry = shard.reserve(name, self.declared[name])
+        self._copies[name] = self._pool.submit(shard.copy, entry, extent)
+        self._digests[name] = digest
+        self._unfinished.append(name)
+
+    def _require_missing(self, name: str) -> None:
+        if name not in self.declared:
+            raise ValueError(f"{name}: not declared")
+        if name in self._digests:
+            raise ValueError(f"{name}: written before")
+
     def finish(self, step: str, record: Any) -> None:
         """Note that all tensors written since the last step are one step, not to be done again after a kill.
 
@@ -152,23 +182,27 @@ class Writer:
             OutputError: the disk is full.
         """
         names, self._unfinished = self._unfinished, []
-        self._settle()
-        self._noted = self._pool.submit(self._note, step, names, record)
+        self._unnoted.append((step, names, record))
+        self._note(wait=False)
 
-    def _note(self, step: str, names: list[str], record: Any) -> None:
-        tensors = {}
-        for name in names:
-            number = self._number[name]
-            tensors[name] = Written(number, self._opened[number].entries[name], self._digests[name].result())
-        self._journal.append(Step(step, tensors, record))
-
-    def _settle(self) -> None:
-        """Wait for the step before."""
+    def _note(self, *, wait: bool) -> None:
+        """Note the steps whose tensors are all in their places by now, in order; or wait until all are."""
         try:
-            if self._noted is not None:
-                self._noted.result()
+            while self._unnoted and (wait or all(self._in_place(name) for name in self._unnoted[0][1])):
+                step, names, record = self._unnoted.popleft()
+                self._journal.append(Step(step, {name: self._written(name) for name in names}, record))
         except OSError as error:
             raise self._full(error) from error
+
+    def _in_place(self, name: str) -> bool:
+        return self._digests[name].done() and (name not in self._copies or self._copies[name].done())
+
+    def _written(self, name: str) -> Written:
+        """Wait for a tensor. Raises OSError: it cannot be written."""
+        if name in self._copies:
+            self._copies[name].result()
+        number = self._number[name]
+        return Written(number, self._opened[number].entries[name], self._digests[name].result())
 
     def commit(
         self,
@@ -186,9 +220,9 @@ class Writer:
         Raises:
             OutputError: the disk is full, or ``out`` was made meanwhile.
         """
-        self._settle()
+        self._note(wait=True)
         try:
-            digests = {name: digest.result() for name, digest in self._digests.items()}
+            digests = {name: self._written(name).digest for name in self._digests}
             self._at.whole.mkdir(exist_ok=True)
             weight_map: dict[str, str] = {}
             for number, name in _names(self._opened).items():
