@@ -8,6 +8,7 @@ layer at a time is held, so memory stays small.
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -155,6 +156,29 @@ def build(root: Path, spec: Spec) -> None:
         content = {"metadata": {"total_size": total}, "weight_map": index}
         (root / model / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
     (root / READY).write_text(json.dumps(asdict(spec), indent=2) + "\n")
+
+
+def write_adapters(root: Path, spec: Spec, names: Sequence[str], rank: int) -> None:
+    """Write LoRA adapters in PEFT's own format on `root`/base, random in both factors of every linear."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": [name.rsplit(".", 1)[1] for name in spec.linears()],
+        "base_model_name_or_path": str(root / "base"),
+    }
+    for seed, adapter in enumerate(names):
+        rng = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for layer in range(spec.layers):
+            for linear, (o, i) in spec.linears().items():
+                name = f"base_model.model.model.layers.{layer}.{linear}"
+                tensors[f"{name}.lora_A.weight"] = (torch.randn(rank, i, generator=rng) * i**-0.5).bfloat16()
+                tensors[f"{name}.lora_B.weight"] = (torch.randn(o, rank, generator=rng) * 0.01).bfloat16()
+        (root / adapter).mkdir(exist_ok=True)
+        save_file(tensors, root / adapter / "adapter_model.safetensors")
+        (root / adapter / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def main() -> None:

@@ -22,8 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from group import Spec, build
-from safetensors.torch import save_file
+from group import Spec, build, write_adapters
 
 HERE = Path(__file__).parent
 BASE = Spec(layers=12, vocab=32000, experts=0)
@@ -77,29 +76,6 @@ print(time.perf_counter() - start)
 SIDES = {"read the base twice": READ, "copy the base": COPY, "build": BUILD, "PEFT merges the adapters": MERGE}
 
 
-def write_adapters(work: Path) -> None:
-    """Adapters of PEFT's own format, random in both factors."""
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": RANK,
-        "lora_alpha": RANK,
-        "target_modules": [name.rsplit(".", 1)[1] for name in BASE.linears()],
-        "base_model_name_or_path": str(work / "base"),
-    }
-    for seed, adapter in enumerate(ADAPTERS):
-        rng = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for layer in range(BASE.layers):
-            for linear, (o, i) in BASE.linears().items():
-                name = f"base_model.model.model.layers.{layer}.{linear}"
-                tensors[f"{name}.lora_A.weight"] = (torch.randn(RANK, i, generator=rng) * i**-0.5).bfloat16()
-                tensors[f"{name}.lora_B.weight"] = (torch.randn(o, RANK, generator=rng) * 0.01).bfloat16()
-        (work / adapter).mkdir(exist_ok=True)
-        save_file(tensors, work / adapter / "adapter_model.safetensors")
-        (work / adapter / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
 def forget(work: Path) -> None:
     """Take the models' files out of the page cache."""
     for file in work.glob("*/*.safetensors"):
@@ -130,7 +106,7 @@ def main() -> None:
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     build(work, BASE)
-    write_adapters(work)
+    write_adapters(work, BASE, ADAPTERS, RANK)
     runs: dict[str, dict[str, list[float]]] = {}
     for state in ("from the disk", "from the page cache"):
         runs[state] = {side: [] for side in SIDES}

@@ -1,8 +1,9 @@
 """Measure a build's peak memory against what the plan predicts.
 
 Models have the widths and the vocabulary of the named ones, few layers (memory does not grow with their number) and
-random weights; every expert differs from the base in every tensor. Each build is a process of its own, whose peak
-resident size the kernel tells; the prediction is the plan's, in the same process, before it begins.
+random weights; every fine-tune differs from the base in every tensor, every adapter in the blocks' linears. Each build
+is a process of its own, whose peak resident size the kernel tells; the prediction is the plan's, in the same process,
+before it begins.
 
     python benchmarks/memory.py WORK [--only NAME]
 """
@@ -17,19 +18,23 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from group import Spec, write_config
+from group import Spec, write_adapters, write_config
 from safetensors.torch import save_file
 from upscale_speed import machine
 
 LLAMA_7B = Spec(hidden=4096, intermediate=11008, layers=2, heads=32, vocab=32000)
 LLAMA_1B = Spec(hidden=2048, intermediate=8192, layers=2, heads=32, vocab=128256)
 SHAPES = {"llama-7b": LLAMA_7B, "llama-1b-128k": LLAMA_1B}
-RUNS = {
-    "llama-7b": ("llama-7b", "smile", {"rank": 64, "max_memory": "4GiB"}),
-    "llama-7b average": ("llama-7b", "smile", {"rank": 64, "rest": "average", "lm_head": True}),
-    "llama-7b wemoe dense": ("llama-7b", "wemoe", {"vectors": "dense"}),
-    "llama-7b wemoe sparse": ("llama-7b", "wemoe", {"vectors": "sparse"}),
-    "llama-1b-128k": ("llama-1b-128k", "smile", {"rank": 64}),
+ADAPTERS, RANK = ("a1", "a2", "a3"), 64
+RUNS = {  # shape, method, settings, and what the experts' names begin with: e, fine-tunes; a, adapters
+    "llama-7b": ("llama-7b", "smile", {"rank": 64, "max_memory": "4GiB"}, "e"),
+    "llama-7b average": ("llama-7b", "smile", {"rank": 64, "rest": "average", "lm_head": True}, "e"),
+    "llama-7b ties": ("llama-7b", "wemoe", {"vectors": "low-rank", "rank": 64, "merge": "ties"}, "e"),
+    "llama-7b wemoe dense": ("llama-7b", "wemoe", {"vectors": "dense"}, "e"),
+    "llama-7b wemoe sparse": ("llama-7b", "wemoe", {"vectors": "sparse"}, "e"),
+    "llama-7b adapters": ("llama-7b", "smile", {"rank": 64}, "a"),
+    "llama-7b adapters, other dtype": ("llama-7b", "smile", {"rank": 64, "dtype": "float32"}, "a"),
+    "llama-1b-128k": ("llama-1b-128k", "smile", {"rank": 64}, "e"),
 }
 BUILD = """
 import json, sys
@@ -37,14 +42,16 @@ import zoo
 from upscale.building import build, plan
 from upscale.building.methods import smile, wemoe
 from upscale.config import SmileConfig, WemoeConfig
-root, out, method, options = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-group = zoo.Group.of(f"{root}/base", {f"e{n}": f"{root}/e{n}" for n in (1, 2, 3)})
+root, out, method, options, kind = *sys.argv[1:4], json.loads(sys.argv[4]), sys.argv[5]
+group = zoo.Group.of(f"{root}/base", {f"{kind}{n}": f"{root}/{kind}{n}" for n in (1, 2, 3)})
 module, settings = {"smile": (smile, SmileConfig), "wemoe": (wemoe, WemoeConfig)}[method]
-made = plan.make_plan(zoo.check(group), module, settings(**options))
+verdict = zoo.check(group)
+made = plan.make_plan(verdict, module, settings(**options))
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 before, predicted = peak(), made.peak_bytes
-build.build(made, group, out)
+with build.hashing(group, verdict) as hashes:
+    build.build(made, group, out, hashes)
 print(json.dumps({"libraries": before, "predicted": predicted, "measured": peak()}))
 """
 
@@ -74,16 +81,17 @@ def make_group(root: Path, spec: Spec) -> None:
             scale = 0.0 if model == "base" else 0.002
             changed = {n: (t + scale * torch.randn(t.shape, generator=rng)).bfloat16() for n, t in base.items()}
             save_file(changed, root / model / file, metadata={"format": "pt"})
+    write_adapters(root, spec, ADAPTERS, RANK)
     (root / "done").touch()
 
 
 def measure(work: Path, name: str) -> dict:
     """One build: what was predicted, what it took."""
-    shape, method, options = RUNS[name]
+    shape, method, options, kind = RUNS[name]
     root, out = work / shape, work / "out"
     make_group(root, SHAPES[shape])
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-c", BUILD, str(root), str(out), method, json.dumps(options)]
+    command = [sys.executable, "-c", BUILD, str(root), str(out), method, json.dumps(options), kind]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     shutil.rmtree(out)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -91,6 +99,7 @@ def measure(work: Path, name: str) -> dict:
     return {
         "method": method,
         "options": options,
+        "experts": {"e": "fine-tunes", "a": f"adapters of rank {RANK}"}[kind],
         **megabytes,
         "ratio": round(found["predicted"] / found["measured"], 3),
     }

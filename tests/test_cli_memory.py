@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from tests.architectures import SHAPE, Architecture
 from tests.cli_runs import assert_one_message, every_file, inline, upscale
 from tests.conftest import perturbed, save_model
-from upscale.building.build import build
+from upscale.building.build import build, hashing
 from upscale.building.methods import smile
 from upscale.building.plan import make_plan
 from upscale.config import SmileConfig
@@ -38,13 +38,16 @@ def test_the_prediction_is_within_a_fifth_of_what_a_process_takes(group, tmp_pat
     if not (child := os.fork()):
         try:
             torch.set_num_threads(1)  # those of the other process are not here
-            plan = make_plan(check(group), smile, SmileConfig(rank=8))
+            verdict = check(group)
+            plan = make_plan(verdict, smile, SmileConfig(rank=8))
             predicted = plan.peak_bytes
-            build(plan, group, tmp_path / "out")
+            with hashing(group, verdict) as hashes:
+                build(plan, group, tmp_path / "out", hashes)
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
             os.write(send, json.dumps([predicted, int(status["VmHWM"].split()[0]) * 1024]).encode())
         finally:
             os._exit(0)
+    os.close(send)  # so that there is an end to read to if the child fails
     os.waitpid(child, 0)
     predicted, measured = json.loads(os.read(receive, 100))
     assert predicted == pytest.approx(measured, rel=0.2)

@@ -27,7 +27,7 @@ def resident() -> int:
 
 
 def of_linear(
-    linear: Linear, layout: ModuleLayout, *, base: int, expert: int, exact: bool, factored: bool = False
+    linear: Linear, layout: ModuleLayout, *, base: int, expert: int, cast: int, exact: bool, factored: bool
 ) -> int:
     """Bytes that it takes to upscale a linear.
 
@@ -35,6 +35,7 @@ def of_linear(
         linear: which one.
         layout: the largest that it can get.
         base, expert: bytes of a number in the base and in an expert.
+        cast: bytes of a number of the base as it is written; 0 if it is copied as it is.
         exact: whether deltas are factored by full SVD.
         factored: whether every expert's delta is stored as factors, so that it is never as large as the linear.
     """
@@ -46,7 +47,7 @@ def of_linear(
         return n * (base + 3 * _FLOAT + 2 * _DOUBLE)  # magnitudes are sorted, with their places
     stored = sum(layout.ranks) * (i + o) * _FLOAT
     if factored and layout.vectors == LOW_RANK:
-        return n * base + 3 * stored
+        return of_cast(n, base=base, cast=cast) + 3 * stored
     before = stored - rank * (i + o) * _FLOAT  # of the experts before the last
     if exact or rank + OVERSAMPLE >= short:
         factoring = (n + short * (i + o) + 5 * short**2) * _FLOAT
@@ -55,10 +56,18 @@ def of_linear(
     return max(n * (base + _FLOAT) + before + max(n * expert, factoring), n * base + 3 * stored)
 
 
-def of_rest(n: int, *, base: int, expert: int, merge: str | None) -> int:
-    """Bytes that it takes to merge a tensor of ``n`` numbers that is not upscaled; ``merge`` None: to compare it."""
-    held = {None: 1, "ties": 12}.get(merge, 2)  # in float32
-    return n * (base + expert + held * _FLOAT)
+def of_rest(n: int, *, base: int, expert: int, cast: int, merge: str | None, factored: bool) -> int:
+    """Bytes that it takes to merge a tensor of ``n`` numbers that is not upscaled; ``merge`` None: to compare it.
+
+    The other arguments are those of ``of_linear``.
+    """
+    held = {None: 1, "ties": 7}.get(merge, 2)  # in float32
+    return max(of_cast(n, base=base, cast=cast), 0 if factored else n * (base + expert + held * _FLOAT))
+
+
+def of_cast(n: int, *, base: int, cast: int) -> int:
+    """Bytes that it takes to write ``n`` numbers of the base in another format, if ``cast`` is one."""
+    return n * (base + cast) if cast else 0
 
 
 def of_spectrum(n: int, short: int, *, expert: int) -> int:

@@ -83,31 +83,28 @@ class Plan:
         merge = self.merging.method if self.merging else None
         sizes = {}
         for name in self.rest:
-            base, expert = self._itemsizes(name)
-            sizes[name] = memory.of_rest(
-                torch.Size(self.base.tensors[name].shape).numel(), base=base, expert=expert, merge=merge
-            )
+            count = torch.Size(self.base.tensors[name].shape).numel()
+            sizes[name] = memory.of_rest(count, merge=merge, factored=self.factored(name), **self._itemsizes(name))
         for linear in self.linears:
-            base, expert = self._itemsizes(linear.weight)
             sizes[linear.name] = memory.of_linear(
                 linear,
                 self.layouts[linear.name],
-                base=base,
-                expert=expert,
                 exact=self.config.exact,
-                factored=self.factored(linear),
+                factored=self.factored(linear.weight),
+                **self._itemsizes(linear.weight),
             )
         return sizes
 
-    def factored(self, linear: Linear) -> bool:
-        """Whether the deltas of all experts are stored as factors, so that none is ever as large as the linear."""
-        merged = self.merging is not None and linear.weight in self.rest  # what is written is not the base's own
-        return not merged and all(m.known_rank(linear.weight) is not None for m in self.experts.values())
+    def factored(self, tensor: str) -> bool:
+        """Whether the deltas of all experts are stored as factors or zero, so that none is ever as large as it."""
+        merged = self.merging is not None and tensor in self.rest  # what is written is not the base's own
+        return not merged and all(model.known_rank(tensor) is not None for model in self.experts.values())
 
-    def _itemsizes(self, tensor: str) -> tuple[int, int]:
-        """Bytes of a number of a tensor: in the base, in the experts at most."""
+    def _itemsizes(self, tensor: str) -> dict[str, int]:
+        """Bytes of a number of a tensor: in the base, in the experts at most, and as the base's has to be cast."""
+        own, written = self.base.tensors[tensor].dtype, self.declared[tensor].dtype
         experts = (model.tensors[tensor].dtype.itemsize for model in self.experts.values() if tensor in model.tensors)
-        return self.base.tensors[tensor].dtype.itemsize, max(experts)
+        return {"base": own.itemsize, "expert": max(experts), "cast": written.itemsize if written != own else 0}
 
     @property
     def peak_bytes(self) -> int:

@@ -146,7 +146,7 @@ def _linear(plan: Plan, linear: Linear, output: Output) -> Outcome:
     for name in (linear.weight, linear.bias):
         if name is not None and name not in plan.rest:
             output.copy(name, plan.base)
-    with threads(1 if plan.factored(linear) else None):  # factors are small; copying and hashing need the others
+    with threads(1 if plan.factored(linear.weight) else None):  # factors are small; copying and hashing need the others
         upscaled = upscaled_linear(plan, linear)
         if upscaled is None:
             return Outcome()

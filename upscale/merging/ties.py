@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _HALF = 16  # bits of a magnitude counted at once
+_SOME = 1 << 22  # entries counted at once
 Read = Callable[[str], Iterable[Tensor]]  # a tensor's name -> the experts' deltas, float32, in the same order each time
 
 
@@ -33,9 +34,10 @@ def _count(read: Read, names: Sequence[str], part: Callable[[int, Tensor], Tenso
     counts: dict[int, Tensor] = {}
     for name in names:
         for expert, delta in enumerate(read(name)):
-            bits = delta.abs().flatten().view(torch.int32)
-            found = torch.bincount(part(expert, bits), minlength=1 << _HALF)
-            counts[expert] = counts[expert] + found if expert in counts else found
+            for some in delta.flatten().split(_SOME):
+                bits = some.abs().view(torch.int32)
+                found = torch.bincount(part(expert, bits), minlength=1 << _HALF)
+                counts[expert] = counts[expert] + found if expert in counts else found
     return list(counts.values())
 
 
@@ -57,14 +59,23 @@ def elect(deltas: Iterable[Tensor], trims: Sequence[float]) -> Tensor:
     Returns:
         [...]; 0 where nothing is left or the sum is exactly 0, so that no sign is elected.
     """
-    sums: list[Tensor] = []  # of what is positive, and of what is negative
+    sums, numbers = _signs(deltas, trims)
+    total = sums[0] + sums[1]
+    means = [of_sign.div_(number.clamp_min(1)) for of_sign, number in zip(sums, numbers, strict=True)]
+    return torch.where(total > 0, means[0], torch.where(total < 0, means[1], 0.0))
+
+
+def _signs(deltas: Iterable[Tensor], trims: Sequence[float]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of the positive entries that are kept, and of the negative ones, the sums and how many there are."""
+    sums: list[Tensor] = []
     numbers: list[Tensor] = []
     for delta, trim in zip(deltas, trims, strict=True):
+        if not sums:
+            sums = [torch.zeros_like(delta) for _ in range(2)]
+            numbers = [torch.zeros_like(delta, dtype=torch.int16) for _ in range(2)]
         kept = torch.where(delta.abs() >= trim, delta, 0.0)
-        parts = [kept.clamp_min(0.0), kept.clamp_max(0.0)]
-        sums = [s + p for s, p in zip(sums, parts, strict=True)] if sums else parts
-        some = [(part != 0).to(delta.dtype) for part in parts]
-        numbers = [n + s for n, s in zip(numbers, some, strict=True)] if numbers else some
-    means = [s / n.clamp_min(1.0) for s, n in zip(sums, numbers, strict=True)]
-    total = sums[0] + sums[1]
-    return torch.where(total > 0, means[0], torch.where(total < 0, means[1], 0.0))
+        for total, number, part in zip(sums, numbers, (kept.clamp_min, kept.clamp_max), strict=True):
+            some = part(0.0)
+            total += some
+            number += some != 0
+    return sums, numbers
