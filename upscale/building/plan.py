@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from upscale.building import memory
+from upscale.building.changes import Changes, Compared
 from upscale.building.methods import Method
 from upscale.building.overrides import Overrides, settings_of
 from upscale.building.ranks import Progress, choose_ranks
@@ -26,6 +27,7 @@ class Plan:
     Attributes:
         base: headers of the base.
         experts: headers of the experts, by name.
+        changes: what each expert changes of the base, by name.
         method: the upscaling method's module.
         config: its settings.
         settings: of each expert, with the seed of its sketches.
@@ -43,6 +45,7 @@ class Plan:
 
     base: Model
     experts: Mapping[str, Model]
+    changes: Mapping[str, Changes]
     method: Method
     config: BuildConfig
     settings: Mapping[str, BuildConfig]
@@ -97,8 +100,13 @@ class Plan:
 
     def factored(self, tensor: str) -> bool:
         """Whether the deltas of all experts are stored as factors or zero, so that none is ever as large as it."""
-        merged = self.merging is not None and tensor in self.rest  # what is written is not the base's own
-        return not merged and all(model.known_rank(tensor) is not None for model in self.experts.values())
+        return not self.is_merged(tensor) and all(
+            model.known_rank(tensor) is not None for model in self.experts.values()
+        )
+
+    def is_merged(self, tensor: str) -> bool:
+        """Whether what is written for a tensor of the base is not the base's own."""
+        return self.merging is not None and tensor in self.rest
 
     def _itemsizes(self, tensor: str) -> dict[str, int]:
         """Bytes of a number of a tensor: in the base, in the experts at most, and as the base's has to be cast."""
@@ -118,6 +126,7 @@ def make_plan(
     config: BuildConfig,
     progress: Progress | None = None,
     overrides: Overrides | None = None,
+    stored: Mapping[str, Changes] | None = None,
 ) -> Plan:
     """Plan the build of a group that passed preflight; reads no weights, unless ranks follow the spectra.
 
@@ -127,6 +136,7 @@ def make_plan(
         config: its settings.
         progress: called as spectra are computed, with (done, in all, module).
         overrides: by expert, what differs from ``config``.
+        stored: by expert, the changes that are known without comparing its weights.
 
     Raises:
         MismatchError: the group did not pass.
@@ -164,13 +174,16 @@ def make_plan(
     merging = method.rest(verdict, config)
     # Of a linear whose written weight is a merge, the deltas are of full rank whatever they are from the base.
     merged = {n.name for n in chosen if merging is not None and n.weight in rest}
-    ranks = choose_ranks(verdict, chosen, declared, fixed, settings, progress)
+    compared = {name: Compared(name, model, base, config.device) for name, model in verdict.experts.items()}
+    changes: dict[str, Changes] = {**compared, **(stored or {})}
+    ranks = choose_ranks(verdict, changes, chosen, declared, fixed, settings, progress)
     ranks |= {n.name: _known(ranks[n.name], n, verdict) for n in chosen if n.name not in merged}
     of_linears = {n.name: method.largest(n, ranks[n.name], config) for n in chosen}
     _declare(declared, of_linears, weights)
     plan = Plan(
         base=base,
         experts=verdict.experts,
+        changes=changes,
         method=method,
         config=config,
         settings=settings,

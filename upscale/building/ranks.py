@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from upscale.building.budget import energies_of, for_energy, parse_budget, within_budget
+from upscale.building.changes import Changes
 from upscale.building.skeleton import Linear, skeleton
 from upscale.building.spectra import spectra
-from upscale.building.stored_expert import StoredExpert
 from upscale.config import BuildConfig
 from zoo import Model, TensorSpec, Verdict
 
@@ -15,6 +15,7 @@ Progress = Callable[[int, int, str], None]  # done, in all, what is being done
 
 def choose_ranks(
     verdict: Verdict,
+    changes: Mapping[str, Changes],
     linears: Sequence[Linear],
     declared: Mapping[str, TensorSpec],
     fixed: int,
@@ -25,6 +26,7 @@ def choose_ranks(
 
     Args:
         verdict: the group.
+        changes: of its experts, some of which may have their ranks already.
         linears: the modules to upscale.
         declared: the base's tensors as they are written.
         fixed: bytes of everything but the factors: the base, and the deltas of norms and biases.
@@ -36,15 +38,15 @@ def choose_ranks(
         NonFiniteError: NaN or infinity in a source.
     """
     chosen: dict[str, dict[str, int]] = {n.name: {} for n in linears}
-    unknown = {}  # the experts whose ranks follow from their spectra
-    for expert, model in verdict.experts.items():
-        own = settings[expert]
-        if not own.one_rank and not isinstance(model, StoredExpert):
-            unknown[expert] = model
-            continue
+    unknown: dict[str, Model] = {}  # the experts whose ranks follow from their spectra
+    for expert, own in settings.items():
         for n in linears:
+            known = changes[expert].rank(n)
+            if known is None and not own.one_rank:
+                unknown[expert] = verdict.experts[expert]
+                break
             most = min(own.rank, n.in_features, n.out_features) if own.one_rank else 0
-            chosen[n.name][expert] = max(most, model.rank(n.name)) if isinstance(model, StoredExpert) else most
+            chosen[n.name][expert] = max(most, known or 0)
     if unknown:
         found = _by_spectra(replace(verdict, experts=unknown), linears, declared, fixed, settings, progress)
         for name, ranks in found.items():

@@ -1,6 +1,6 @@
 """An expert of an upscaled checkpoint: as a model, and as the very factors that are stored."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from upscale.building.changes import NormChange
 from upscale.building.linalg import LowRank
 from upscale.building.skeleton import Linear, Norm
 from upscale.building.stored import Stored
@@ -23,7 +24,7 @@ from zoo.reading.product import Product
 class StoredExpert:
     """An expert of an upscaled checkpoint, as a model whose tensors are the base's and what is stored of its deltas.
 
-    A build that finds one in its group takes its factors as they are.
+    A build takes its factors as they are, see ``Changes``.
     """
 
     stored: Stored
@@ -122,13 +123,13 @@ class StoredExpert:
         base = self.stored.base.read(name)
         origin = base.float()
         if isinstance(module, Norm):
-            scale, shift = self.change(module)
+            change = self.of_norm(module)
             if name == module.weight:
-                changed = (module.offset + origin) * (1 + scale) - module.offset
+                changed = (module.offset + origin) * (1 + change.scale) - module.offset
             else:
-                changed = origin * (1 + scale) + shift
+                changed = origin * (1 + change.scale) + change.shift
         elif name == module.bias:
-            changed = origin + self.bias(module)
+            changed = origin + self.of_bias(module)
         else:
             delta = self.delta(module)
             changed = origin + (delta.mT if module.transposed else delta)
@@ -143,9 +144,9 @@ class StoredExpert:
         entry = self.stored.layout.modules.get(module)
         return entry.tied if entry is not None and entry.tied else module
 
-    def rank(self, module: str) -> int:
-        """Of its factors for a module."""
-        return layout.ranks[self.number] if (layout := self.layout(module)) is not None else 0
+    def rank(self, linear: Linear) -> int:
+        """See Changes."""
+        return layout.ranks[self.number] if (layout := self.layout(linear.name)) is not None else 0
 
     @property
     def stored_bytes(self) -> int:
@@ -188,20 +189,28 @@ class StoredExpert:
         found = self.factors(linear)
         return found.up @ found.down
 
-    def bias(self, linear: Linear) -> Tensor:
-        """Its delta of a linear's bias, [o] float32."""
+    def of_linear(self, linear: Linear, origin: Callable[[], Tensor], *, merged: bool) -> LowRank:
+        """See Changes: the factors that are stored, whatever was written for the base."""
+        return self.factors(linear)
+
+    def of_bias(self, linear: Linear) -> Tensor:
+        """See Changes."""
         layout = self.layout(linear.name)
         if layout is None or not layout.bias:
             return torch.zeros(linear.out_features)
         return self.stored.read(self._holder(linear.name), "bias")[self.number].float()
 
-    def change(self, norm: Norm) -> tuple[Tensor, Tensor]:
-        """Scale and shift of a norm's output, [d] float32; the shift of a norm without a bias is zero."""
-        none = torch.zeros(norm.width)
-        if (layout := self.layout(norm.name)) is None:
-            return none, none
-        rows = {name: self.stored.read(norm.name, name)[self.number].float() for name in layout.shapes()}
-        return rows["scale"], rows.get("shift", none)
+    def of_norm(self, norm: Norm) -> NormChange:
+        """See Changes."""
+        none, layout = torch.zeros(norm.width), self.layout(norm.name)
+        stored = layout.shapes() if layout is not None else ()
+        rows = {name: self.stored.read(norm.name, name)[self.number].float() for name in stored}
+        norms = self.measured(norm.weight), self.measured(norm.bias or "")
+        return NormChange(rows.get("scale", none), rows.get("shift", none), *norms)
+
+    def of_rest(self, name: str) -> float:
+        """See Changes."""
+        return self.measured(name)[0]
 
     def measured(self, name: str) -> tuple[float, float]:
         """Norms of its delta of a linear, or of a tensor that is no linear's, and of what is missing of it."""

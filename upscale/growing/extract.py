@@ -87,12 +87,10 @@ def extract_lora(path: str | Path, expert: str, out: str | Path, *, progress: Pr
     stored = Stored.open(locate(path))
     model = StoredExpert.of(stored, expert)
     _require_plain(stored)
-    linears = {
-        n.name: n for n in stored.skeleton.linears if in_block(n.name) and model.rank(n.name) and n.kind == "linear"
-    }
+    linears = {n.name: n for n in stored.skeleton.linears if in_block(n.name) and model.rank(n) and n.kind == "linear"}
     if not linears:
         raise ExpertError(f"{path}: expert {expert} changed no linear of a block, so there is no LoRA of it")
-    ranks = {name: model.rank(name) for name in linears}
+    ranks = {name: model.rank(linear) for name, linear in linears.items()}
     declared: dict[str, TensorSpec] = {}
     for name, linear in linears.items():
         dtype = stored.base.tensors[linear.weight].dtype

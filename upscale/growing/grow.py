@@ -196,9 +196,8 @@ class _Growing:
     ) -> Grown:
         """Exchange the checkpoint for one with the experts of ``settings``: stored ones and those of ``group``."""
         added = dict(group.experts) if group else {}
-        experts: dict[str, Model] = {
-            name: verdict.experts[name] if name in added else StoredExpert.of(self.stored, name) for name in settings
-        }
+        stored = {name: StoredExpert.of(self.stored, name) for name in settings if name not in added}
+        experts: dict[str, Model] = {name: stored.get(name) or verdict.experts[name] for name in settings}
         made = changed(self.made, self.config, settings, group, verdict.experts)
         router = rearranged(
             router_file.stored(self.stored.path), self.stored.layout.experts, list(experts), self._gained(verdict)
@@ -212,7 +211,7 @@ class _Growing:
         local = {name: experts[name] for name, source in added.items() if source.is_local}
         verdict, out = replace(verdict, experts=experts), self.stored.path
         with threads(made.get("threads")), Hashes(local, {"base": verdict.base, **experts}) as hashes:
-            plan = make_plan(verdict, self.method, self.config, progress, made.get("overrides", {}))
+            plan = make_plan(verdict, self.method, self.config, progress, made.get("overrides", {}), stored)
             report = write(plan, made, out, hashes, router=router, files=others, replace=True, progress=progress)
         return Grown(report, (*verdict.warnings, *warnings))
 

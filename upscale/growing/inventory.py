@@ -65,7 +65,7 @@ def inventory(path: str | Path) -> Inventory:
     experts = {}
     for name in stored.layout.experts:
         own, origin = StoredExpert.of(stored, name), known.get(name)
-        ranks = [own.rank(module) for module in modules]
+        ranks = [module.ranks[own.number] for module in modules.values()]
         experts[name] = Held(
             source=str(recipe["experts"][name]) if origin else "",
             version=origin.version if origin else "",

@@ -171,17 +171,17 @@ def _kept(own: StoredExpert, where: Linear | Norm | None, name: str, base: Tenso
     if where is None:
         return None, 0.0
     if isinstance(where, Norm):
-        scale, shift = own.change(where)
+        change = own.of_norm(where)
         if name == where.weight:
-            kept = (where.offset + base) * scale
+            kept = (where.offset + base) * change.scale
             return kept, float(torch.linalg.vector_norm(kept))
-        parts = shift, base * scale
+        parts = change.shift, base * change.scale
         return parts[0] + parts[1], sum(float(torch.linalg.vector_norm(part)) for part in parts)
     if name == where.weight:
         delta = own.delta(where)
         kept = delta.mT if where.transposed else delta
     else:
-        kept = own.bias(where)
+        kept = own.of_bias(where)
     return kept, float(torch.linalg.vector_norm(kept))
 
 
