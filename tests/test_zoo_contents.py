@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -143,6 +144,41 @@ def test_the_hash_changes_with_everything_that_a_build_reads(groups, tmp_path, c
     assert hashed(model) != before
     (model / "notes.txt").write_text("not read")
     assert hashed(model) == hashed(model)
+
+
+def test_a_tensor_that_another_shard_holds_too_counts_as_the_one_that_the_index_names(groups, tmp_path):
+    tensors = load_file(Path(groups(LLAMA).base.location) / "model.safetensors")
+    name = "model.norm.weight"
+    shutil.copytree(groups(LLAMA).base.location, tmp_path / "m")
+    (tmp_path / "m/model.safetensors").unlink()
+    save_file(tensors, tmp_path / "m/b.safetensors")
+    weight_map = dict.fromkeys(tensors, "b.safetensors") | {name: "a.safetensors"}
+    (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    found = []
+    for scale in (1, 2):
+        save_file({name: scale * tensors[name]}, tmp_path / "m/a.safetensors")
+        found.append(hashed(tmp_path / "m"))
+    assert found[0] == hashed(Path(groups(LLAMA).base.location)) != found[1]
+
+
+def test_what_is_asked_for_is_hashed_before_what_nobody_waits_for(groups, monkeypatch):
+    """So that a build's journal is not far behind the build."""
+    model, order = Checkpoint.open(groups(LLAMA).base.location), []
+    blocks, begun = Extent.blocks, Event()
+
+    def noted(extent):
+        begun.wait()
+        order.append(extent)
+        return blocks(extent)
+
+    monkeypatch.setattr(Extent, "blocks", noted)
+    with Hashes({"m": model}) as hashes:
+        wanted = [model.extent(name) for name in list(model.tensors)[-3:]]
+        asked = [hashes.of(extent) for extent in wanted]
+        begun.set()
+        assert [future.result() for future in asked] == [hashlib.sha256(at(extent)).hexdigest() for extent in wanted]
+        hashes.result()
+    assert max(map(order.index, wanted)) < len(wanted) + 4  # threads have taken one each before
 
 
 def test_a_pickle_counts_as_a_file(tmp_path):

@@ -4,8 +4,7 @@ from zoo.errors import CheckpointError, GroupError, MismatchError, OutputError, 
 from zoo.group import Group
 from zoo.preflight import Verdict, check, checked
 from zoo.reading.checkpoint import Checkpoint
-from zoo.reading.model import Model, TensorSpec
-from zoo.reading.shards import TensorInfo
+from zoo.reading.model import Model, TensorInfo, TensorSpec
 from zoo.source import Source
 from zoo.writing.writer import Writer
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zoo import Model, Verdict
+from zoo.reading.model import files
 
 _FORMAT = 1  # raise it when what is computed changes
 
@@ -50,5 +51,5 @@ def _stamp(model: Model) -> list:
     shapes = [list(spec.shape) for spec in model.tensors.values()]  # which a group's vocabulary may change
     if model.path.parent.name == "snapshots":  # models--org--name/snapshots/<commit> of the Hub's cache
         return [model.path.parent.parent.name, model.path.name, shapes]
-    files = sorted(file.resolve() for file in model.files)
-    return [*([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files), shapes]
+    found = sorted(file.resolve() for file in files(model))
+    return [*([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in found), shapes]

@@ -1,6 +1,6 @@
 """An expert of an upscaled checkpoint: as a model, and as the very factors that are stored."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from upscale.errors import LoadError
 from upscale.runtime.dense_upscaled import unpack
 from upscale.runtime.layout_upscaled import DENSE, SPARSE, ModuleLayout
 from zoo import TensorSpec
-from zoo.reading.model import Extent
+from zoo.reading.model import Extent, TensorInfo
 from zoo.reading.product import Product
 
 
@@ -77,9 +77,9 @@ class StoredExpert:
         return f"{head.name}.weight" if (head := self.stored.split_head) is not None else ""
 
     @property
-    def files(self) -> Sequence[Path]:
+    def own_tensors(self) -> Mapping[str, TensorInfo]:
         """See Model."""
-        return self.stored.checkpoint.files
+        return self.stored.checkpoint.tensors
 
     @property
     def nbytes(self) -> int:

@@ -19,6 +19,7 @@ from upscale.verifying.reconstruction import Measured, measure
 from upscale.verifying.weights import weights
 from zoo import Checkpoint, Group, Model, Source, Verdict, ZooError, checked
 from zoo.preflight import parameters
+from zoo.reading.model import files
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
@@ -125,8 +126,9 @@ def _layout(out: str | Path, fields: dict) -> Layout:
 
 def _opened(directory: Path) -> Finding:
     checkpoint = Checkpoint.open(directory)
-    told = f"{len(checkpoint.files)} file(s), {checkpoint.nbytes / 1e6:,.1f} MB"
-    return Finding("weights", OK, told, figures={"bytes": checkpoint.nbytes, "files": len(checkpoint.files)})
+    count = len(files(checkpoint))
+    told = f"{count} file(s), {checkpoint.nbytes / 1e6:,.1f} MB"
+    return Finding("weights", OK, told, figures={"bytes": checkpoint.nbytes, "files": count})
 
 
 def _against(stored: Stored, group: Group, measured: dict[str, Measured], progress: Progress) -> list[Finding]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from torch import Tensor
 from zoo.errors import CheckpointError
 from zoo.reading.companions import companions
 from zoo.reading.folder import Folder
-from zoo.reading.model import Extent, Model, TensorSpec
+from zoo.reading.model import Extent, Model, TensorInfo, TensorSpec
 from zoo.reading.plain_lora import CONFIG, require_plain
 from zoo.reading.product import Product
-from zoo.reading.shards import ADAPTER, ADAPTER_PICKLE, TensorInfo, header, read
+from zoo.reading.shards import ADAPTER, ADAPTER_PICKLE, header, read
 from zoo.reading.tied import HEAD, embedding_of, has_tied_head
 
 _PREFIX = "base_model.model."
@@ -97,9 +97,9 @@ class Adapter:
         return {**self.base.config, "tie_word_embeddings": False} if parted else self.base.config
 
     @property
-    def files(self) -> Sequence[Path]:
+    def own_tensors(self) -> Mapping[str, TensorInfo]:
         """See Model."""
-        return sorted({info.file for info in self.stored.values()})
+        return self.stored
 
     @property
     def nbytes(self) -> int:

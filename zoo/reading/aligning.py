@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.errors import CheckpointError
 from zoo.reading.heads import head
-from zoo.reading.model import Extent, Model, TensorSpec
+from zoo.reading.model import Extent, Model, TensorInfo, TensorSpec
 from zoo.reading.product import Product
 from zoo.reading.tied import HEAD, embedding_of, has_tied_head, is_tied
 from zoo.reading.vocabulary import (
@@ -53,9 +53,9 @@ class View:
         return self.model.path
 
     @property
-    def files(self) -> Sequence[Path]:
+    def own_tensors(self) -> Mapping[str, TensorInfo]:
         """See Model."""
-        return self.model.files
+        return self.model.own_tensors
 
     @property
     def nbytes(self) -> int:

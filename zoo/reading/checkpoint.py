@@ -1,6 +1,6 @@
 """Read a checkpoint lazily: configuration and headers first, then one tensor at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,9 @@ import torch
 from zoo.errors import CheckpointError
 from zoo.reading.companions import companions
 from zoo.reading.folder import Folder
-from zoo.reading.model import Extent
+from zoo.reading.model import Extent, TensorInfo
 from zoo.reading.product import Product
-from zoo.reading.shards import TensorInfo, read, tensors_of
+from zoo.reading.shards import read, tensors_of
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Checkpoint:
         return cls(folder.path, folder.read_json("config.json"), tensors_of(folder, allow_pickle=allow_pickle))
 
     @property
-    def files(self) -> Sequence[Path]:
+    def own_tensors(self) -> Mapping[str, TensorInfo]:
         """See Model."""
-        return sorted({info.file for info in self.tensors.values()})
+        return self.tensors
 
     @property
     def nbytes(self) -> int:

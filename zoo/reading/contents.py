@@ -6,15 +6,16 @@ the hash. A pickle counts as a file.
 """
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 
 from zoo.errors import SourceError
 from zoo.reading.companions import companions
-from zoo.reading.model import Extent, Model
-from zoo.reading.shards import INDEX, PICKLE_INDEX, header_of
+from zoo.reading.model import Extent, Model, files
+from zoo.reading.shards import INDEX, PICKLE_INDEX
 
 _SETTINGS = ("config.json", "adapter_config.json")
 _THREADS = 4  # tensors hashed at once
@@ -23,7 +24,7 @@ _THREADS = 4  # tensors hashed at once
 def stamps(model: Model) -> dict[str, list[int]]:
     """Size and times of the files that a build reads, by name; they change whenever a file does. Reads no file."""
     indices = [model.path / name for name in (INDEX, PICKLE_INDEX) if (model.path / name).is_file()]
-    found = {**_small(model), **{file.name: file for file in (*indices, *model.files)}}
+    found = {**_small(model), **{file.name: file for file in (*indices, *files(model))}}
     states = {name: found[name].stat() for name in sorted(found) if found[name].exists()}
     return {name: [state.st_size, state.st_mtime_ns, state.st_ctime_ns] for name, state in states.items()}
 
@@ -37,12 +38,10 @@ def _small(model: Model) -> dict[str, Path]:
 def _parts(model: Model) -> dict[str, Extent]:
     """What the hash is made of, by what its line says of it."""
     parts = {name: _whole(path) for name, path in _small(model).items()}
-    for file in model.files:
-        if file.suffix == ".bin":
-            parts[file.name] = _whole(file)
-            continue
-        for name, info in header_of(file).items():
-            assert info.extent is not None  # the file is here
+    for name, info in model.own_tensors.items():
+        if info.extent is None:
+            parts[info.file.name] = _whole(info.file)
+        else:
             parts[f"{name} {str(info.dtype).removeprefix('torch.')} {list(info.shape)}"] = info.extent
     return dict(sorted(parts.items()))
 
@@ -64,17 +63,30 @@ class Hashes:
         self.stamps = {name: stamps(model) for name, model in self._watched.items()}
         self._left = Event()
         self._pool = ThreadPoolExecutor(max_workers=_THREADS)
+        self._lock = Lock()
+        self._asked: OrderedDict[Extent, Future[str]] = OrderedDict()
+        self._waiting: OrderedDict[Extent, Future[str]] = OrderedDict()
         self._known: dict[Extent, Future[str]] = {}
         self._parts = {name: _parts(model) for name, model in models.items()}
         for parts in self._parts.values():
             for extent in sorted(parts.values(), key=lambda part: (part.file, part.start)):  # as they lie on the disk
-                self.of(extent)
+                self._add(extent, self._waiting)
 
     def of(self, extent: Extent) -> Future[str]:
-        """SHA-256 of some bytes of a model, computed once."""
+        """SHA-256 of some bytes of a model, computed once, and before those that nobody has asked for."""
+        with self._lock:
+            if extent in self._waiting:
+                self._asked[extent] = self._waiting.pop(extent)
         if extent not in self._known:
-            self._known[extent] = self._pool.submit(self._hash, extent)
+            self._add(extent, self._asked)
         return self._known[extent]
+
+    def _add(self, extent: Extent, queue: OrderedDict[Extent, Future[str]]) -> None:
+        if extent not in self._known:
+            self._known[extent] = Future()
+            with self._lock:
+                queue[extent] = self._known[extent]
+            self._pool.submit(self._next)
 
     def result(self) -> dict[str, str]:
         """Wait for the content hash of each model.
@@ -93,13 +105,19 @@ class Hashes:
                 raise SourceError(f"{name}: {model.path / changed[0]} was changed while it was read; start again")
         return found
 
-    def _hash(self, extent: Extent) -> str:
+    def _next(self) -> None:
+        """Hash what is the next now; there is a call for each that was added."""
+        with self._lock:
+            extent, future = (self._asked or self._waiting).popitem(last=False)
         digest = hashlib.sha256()
-        for block in extent.blocks():
-            if self._left.is_set():
-                break
-            digest.update(block)
-        return digest.hexdigest()
+        try:
+            for block in extent.blocks():
+                if self._left.is_set():
+                    return
+                digest.update(block)
+            future.set_result(digest.hexdigest())
+        except BaseException as error:  # whatever it is, who waits must hear of it
+            future.set_exception(error)
 
     def __enter__(self) -> "Hashes":
         return self

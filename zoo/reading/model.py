@@ -1,8 +1,8 @@
 """What every part of the package asks of a model's weights, whatever files they lie in."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -54,6 +54,19 @@ class Extent:
             raise CheckpointError(f"{self.file}: cannot be read any more ({error.strerror}); start again") from error
 
 
+@dataclass(frozen=True)
+class TensorInfo(TensorSpec):
+    """A tensor as its file's header describes it; ``start`` is the place of its first byte, where that is told."""
+
+    file: Path = field(compare=False)
+    start: int | None = field(default=None, compare=False)
+
+    @property
+    def extent(self) -> Extent | None:
+        """Where its bytes lie; None in a pickle, and on the Hub."""
+        return None if self.start is None else Extent(self.file, self.start, self.nbytes)
+
+
 class Model(Protocol):
     """A model's configuration and tensors, known before any weight is read.
 
@@ -76,8 +89,8 @@ class Model(Protocol):
         ...
 
     @property
-    def files(self) -> Sequence[Path]:
-        """The files that hold its weights."""
+    def own_tensors(self) -> Mapping[str, TensorInfo]:
+        """Those that its files hold, as these name them."""
         ...
 
     @property
@@ -105,3 +118,8 @@ class Model(Protocol):
     def product(self, name: str) -> Product | None:
         """A matrix's difference from the base's, where it is stored as factors or is known to be zero."""
         ...
+
+
+def files(model: Model) -> list[Path]:
+    """The files that hold a model's weights, sorted."""
+    return sorted({info.file for info in model.own_tensors.values()})

@@ -8,6 +8,7 @@ import torch
 from zoo.errors import CheckpointError
 from zoo.reading.checkpoint import Checkpoint
 from zoo.reading.folder import Folder
+from zoo.reading.model import files
 
 _SAMPLE = 256  # numbers compared at the beginning of each tensor
 
@@ -68,7 +69,7 @@ def _same_weights(directory: Path, base: Checkpoint) -> bool:
         name not in other.tensors or other.tensors[name].shape[1:] != s.shape[1:] for name, s in base.tensors.items()
     ):
         return False
-    if not all(file.is_file() for file in base.files):  # still on the Hub; looked at again once they are here
+    if not all(file.is_file() for file in files(base)):  # still on the Hub; looked at again once they are here
         return True
     return all(
         torch.equal(_beginning(other, name).to(spec.dtype), _beginning(base, name))

@@ -6,7 +6,6 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from zoo.errors import CheckpointError
 from zoo.reading.folder import Folder
-from zoo.reading.model import Extent, TensorSpec
+from zoo.reading.model import TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,19 +34,6 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-@dataclass(frozen=True)
-class TensorInfo(TensorSpec):
-    """A tensor as its file's header describes it; ``start`` is the place of its first byte, where that is told."""
-
-    file: Path = field(compare=False)
-    start: int | None = field(default=None, compare=False)
-
-    @property
-    def extent(self) -> Extent | None:
-        """Where its bytes lie; None in a pickle, and on the Hub."""
-        return None if self.start is None else Extent(self.file, self.start, self.nbytes)
 
 
 def tensors_of(folder: Folder, *, allow_pickle: bool = False) -> dict[str, TensorInfo]:
@@ -141,11 +127,6 @@ def header(folder: Folder, name: str) -> dict[str, TensorInfo]:
     file = folder.file(name)
     if not file.is_file() and folder.header is not None:
         return {key: TensorInfo(spec.shape, spec.dtype, file) for key, spec in folder.header(name).items()}
-    return header_of(file)
-
-
-def header_of(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file that is here, sorted by name. Raises CheckpointError: see ``header``."""
     if file.suffix == ".bin":
         return {key: TensorInfo(tuple(t.shape), t.dtype, file) for key, t in _unpickled(file).items()}
     with _opened(file), file.open("rb") as data:  # opened: all places are within the file and none is used twice

@@ -5,7 +5,7 @@ import re
 import torch
 
 from zoo.errors import CheckpointError
-from zoo.reading.model import Model
+from zoo.reading.model import Model, files
 
 HEAD = "lm_head.weight"
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
@@ -29,7 +29,7 @@ def is_tied(model: Model) -> bool:
         return True
     if (said := model.config.get("tie_word_embeddings")) is not None:
         return bool(said)
-    if not all(file.is_file() for file in model.files):  # still on the Hub: a copy is seen once it is here
+    if not all(file.is_file() for file in files(model)):  # still on the Hub: a copy is seen once it is here
         return False
     shape = model.tensors[HEAD].shape
     like = [name for name, spec in model.tensors.items() if _EMBEDDING.search(name) and spec.shape == shape]
