@@ -34,6 +34,7 @@ RUNS = {  # shape, method, settings, and what the experts' names begin with: e, 
     "llama-7b wemoe sparse": ("llama-7b", "wemoe", {"vectors": "sparse"}, "e"),
     "llama-7b adapters": ("llama-7b", "smile", {"rank": 64}, "a"),
     "llama-7b adapters, other dtype": ("llama-7b", "smile", {"rank": 64, "dtype": "float32"}, "a"),
+    "llama-7b adapters, float16": ("llama-7b", "smile", {"rank": 64, "dtype": "float16"}, "a"),
     "llama-1b-128k": ("llama-1b-128k", "smile", {"rank": 64}, "e"),
 }
 BUILD = """

@@ -8,6 +8,7 @@ import yaml
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import upscale
+from tests.adapters import save_adapter
 from tests.architectures import TABLE
 from tests.cli_runs import assert_one_message, every_file
 from tests.cli_runs import upscale as command
@@ -94,6 +95,27 @@ def test_a_fifth_expert_added_to_four_is_a_build_with_five_and_removed_again_one
     remove(out, ["e5"])
     assert every_file(out) == four
     assert {path.name for path in tmp_path.iterdir()} == {"out", "five"}
+
+
+@pytest.mark.parametrize("options", [{"rank": 24}, {"energy": 0.9}], ids=str)
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["q_proj", "embed_tokens"]], ids=["linears", "embedding"])
+def test_adapters_come_and_go_like_fine_tunes(options, targets, tmp_path):
+    """Of ranks of their own, below that of the settings; on an embedding whose tied head they part from it."""
+    base = save_model(QWEN2.model(seed=0), tmp_path / "base")
+    made = {
+        f"a{n}": save_adapter(base, tmp_path / f"a{n}", n, r=4 * n, target_modules=targets if n == 1 else ["q_proj"])
+        for n in (1, 2, 3)
+    }
+    made["full"] = save_model(perturbed(QWEN2, 4, names=lambda name: "mlp" in name), tmp_path / "full")
+    group, out = Group.of(base, made), tmp_path / "out"
+    upscale.smile(part_of(group, "a1", "a2"), out, **options)
+    two = every_file(out)
+    for count, name in enumerate(("a3", "full"), start=3):
+        add(out, {name: made[name]})
+        upscale.smile(part_of(group, *list(made)[:count]), built := tmp_path / f"built-{count}", **options)
+        assert every_file(out) == every_file(built)
+    remove(out, ["full", "a3"])
+    assert every_file(out) == two
 
 
 def test_modules_come_and_go_with_the_experts_that_changed_them(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from threading import Event
 
@@ -236,3 +237,25 @@ def test_what_cannot_be_copied_is_named_and_leaves_nothing(groups, tmp_path):
             writer.copy(name, gone, hashes.of(gone))
             writer.commit({}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_leaving_does_not_wait_for_what_is_being_copied(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.write_bytes(bytes(64 << 20))
+    extent, begun, blocks = Extent(source, 0, 64 << 20), Event(), Extent.blocks
+
+    def slow(extent):
+        for block in blocks(extent):
+            begun.set()
+            time.sleep(0.1)
+            yield block
+
+    with Hashes({}) as hashes, Writer(tmp_path / "out", {"w": TensorSpec((64 << 20,), torch.uint8)}) as writer:
+        digest = hashes.of(extent)
+        digest.result()
+        monkeypatch.setattr(Extent, "blocks", slow)
+        writer.copy("w", extent, digest)
+        assert begun.wait(10)
+        start = time.monotonic()
+    assert time.monotonic() - start < 2  # of 6.4 s
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -77,6 +77,8 @@ def main(ctx: click.Context) -> None:
     """
 
     def stop(number: int, _) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):  # what is unfinished is being removed
+            signal.signal(each, signal.SIG_IGN)
         ctx.meta["signal"] = number
         raise KeyboardInterrupt
 

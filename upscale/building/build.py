@@ -140,7 +140,13 @@ def write(
         torch.no_grad(),
         _settled(),
         threads(made.get("threads")),
-        Writer(out, plan.declared, fingerprint=fingerprint(plan, made, hashes.stamps), replace=replace) as writer,
+        Writer(
+            out,
+            plan.declared,
+            most=plan.result_bytes,
+            fingerprint=fingerprint(plan, made, hashes.stamps),
+            replace=replace,
+        ) as writer,
     ):
         for step, outcome in outcomes(plan, writer, hashes):
             found[step.name] = outcome
@@ -171,6 +177,9 @@ def write(
 @contextmanager
 def _settled() -> Iterator[None]:
     """Within the context, what the libraries hold is not searched for garbage: all threads wait for that."""
+    if gc.get_freeze_count():  # by the program that we are a part of, which would not like to have it undone
+        yield
+        return
     gc.freeze()
     try:
         yield

@@ -40,7 +40,8 @@ class Plan:
         skeleton: the base's structure.
         router_bytes: size of the router's tensors.
         heads: of a classifier, shapes of the tensors of each expert's head.
-        declared: every tensor that may be written.
+        declared: every tensor that may be written, as large as the settings allow.
+        result_bytes: largest size of the result's tensors, by what is known of the experts.
     """
 
     base: Model
@@ -59,6 +60,7 @@ class Plan:
     router_bytes: int
     heads: Mapping[str, Mapping[str, tuple[int, ...]]]
     declared: Mapping[str, TensorSpec]
+    result_bytes: int
 
     @property
     def base_bytes(self) -> int:
@@ -74,11 +76,6 @@ class Plan:
     def group_bytes(self) -> int:
         """Size of the base and all experts: what serving them one by one takes."""
         return self.base_bytes + sum(self.expert_bytes.values())
-
-    @property
-    def result_bytes(self) -> int:
-        """Largest size of the result's tensors."""
-        return sum(spec.nbytes for spec in self.declared.values()) + self.router_bytes
 
     @property
     def working_bytes(self) -> dict[str, int]:
@@ -165,7 +162,7 @@ def make_plan(
         declared |= {f"heads.{number}.{t}": TensorSpec(shape, declared[t].dtype) for t, shape in shapes.items()}
     layouts = {n.name: ModuleLayout(n.width, n.width, (0,) * experts, n.bias is not None, NORM) for n in norms}
     weights = {n.name: n.weight for n in [*norms, *chosen]}
-    _declare(declared, layouts, weights)
+    declared |= _of_experts(declared, layouts, weights)
     router = method.router_bytes(found, chosen, experts, config)
     fixed = sum(spec.nbytes for spec in declared.values()) + router
     settings = settings_of(verdict.experts, config, overrides or {})
@@ -177,10 +174,12 @@ def make_plan(
     compared = {name: Compared(name, model, base, config.device) for name, model in verdict.experts.items()}
     changes: dict[str, Changes] = {**compared, **(stored or {})}
     ranks = choose_ranks(verdict, changes, chosen, declared, fixed, settings, progress)
+    # Arranged by the settings alone, which are the same when experts are added later.
+    arranged = {n.name: method.largest(n, ranks[n.name], config) for n in chosen}
     ranks |= {n.name: _known(ranks[n.name], n, verdict) for n in chosen if n.name not in merged}
     of_linears = {n.name: method.largest(n, ranks[n.name], config) for n in chosen}
-    _declare(declared, of_linears, weights)
     plan = Plan(
+        result_bytes=fixed + sum(spec.nbytes for spec in _of_experts(declared, of_linears, weights).values()),
         base=base,
         experts=verdict.experts,
         changes=changes,
@@ -196,7 +195,7 @@ def make_plan(
         skeleton=found,
         router_bytes=router,
         heads=heads,
-        declared=declared,
+        declared=declared | _of_experts(declared, arranged, weights),
     )
     memory.require(config.max_memory, plan.working_bytes)
     return plan
@@ -220,12 +219,15 @@ def _spectra_bytes(verdict: Verdict, linears: Sequence[Linear]) -> dict[str, int
     }
 
 
-def _declare(declared: dict[str, TensorSpec], layouts: Mapping[str, ModuleLayout], weights: Mapping[str, str]) -> None:
-    """Add the experts' tensors of ``layouts``, in the format of the weight that each belongs to."""
-    for name, layout in layouts.items():
-        for tensor, shape in layout.shapes().items():
-            dtype = stored_dtype(tensor, declared[weights[name]].dtype)
-            declared[f"{name}.experts.{tensor}"] = TensorSpec(shape, dtype)
+def _of_experts(
+    declared: Mapping[str, TensorSpec], layouts: Mapping[str, ModuleLayout], weights: Mapping[str, str]
+) -> dict[str, TensorSpec]:
+    """The experts' tensors of ``layouts``, in the format of the weight that each belongs to."""
+    return {
+        f"{name}.experts.{tensor}": TensorSpec(shape, stored_dtype(tensor, declared[weights[name]].dtype))
+        for name, layout in layouts.items()
+        for tensor, shape in layout.shapes().items()
+    }
 
 
 def output_dtype(dtype: torch.dtype, config: BuildConfig) -> torch.dtype:

@@ -118,7 +118,8 @@ def outcomes(plan: Plan, writer: Writer, hashes: Hashes) -> Iterator[tuple[Step,
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in the format it is written in, which must hold it: float16 ends at 65504."""
     cast = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and not cast.isfinite().all():
+    lossy = dtype == torch.float16 and tensor.dtype != dtype and cast.numel()
+    if lossy and not torch.stack(cast.aminmax()).isfinite().all():  # of two numbers: of all takes as much again
         raise NonFiniteError(f"tensor {name} has values that float16 cannot hold; use --dtype bfloat16 or float32")
     return cast
 

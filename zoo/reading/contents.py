@@ -68,9 +68,6 @@ class Hashes:
         self._waiting: OrderedDict[Extent, Future[str]] = OrderedDict()
         self._known: dict[Extent, Future[str]] = {}
         self._parts = {name: _parts(model) for name, model in models.items()}
-        for parts in self._parts.values():
-            for extent in sorted(parts.values(), key=lambda part: (part.file, part.start)):  # as they lie on the disk
-                self._add(extent, self._waiting)
 
     def of(self, extent: Extent) -> Future[str]:
         """SHA-256 of some bytes of a model, computed once, and before those that nobody has asked for."""
@@ -120,6 +117,9 @@ class Hashes:
             future.set_exception(error)
 
     def __enter__(self) -> "Hashes":
+        for parts in self._parts.values():
+            for extent in sorted(parts.values(), key=lambda part: (part.file, part.start)):  # as they lie on the disk
+                self._add(extent, self._waiting)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -9,6 +9,7 @@ from zoo.errors import CheckpointError
 from zoo.reading.checkpoint import Checkpoint
 from zoo.reading.folder import Folder
 from zoo.reading.model import files
+from zoo.reading.tied import HEAD
 
 _SAMPLE = 256  # numbers compared at the beginning of each tensor
 
@@ -65,15 +66,15 @@ def _same_weights(directory: Path, base: Checkpoint) -> bool:
         other = Checkpoint.open(Folder(directory))
     except CheckpointError:  # no longer a model: nothing can be said
         return True
-    if any(
-        name not in other.tensors or other.tensors[name].shape[1:] != s.shape[1:] for name, s in base.tensors.items()
-    ):
+    shared = base.tensors
+    if HEAD not in other.tensors:  # tied there, and parted from the embedding since
+        shared = {name: spec for name, spec in shared.items() if name != HEAD}
+    if any(name not in other.tensors or other.tensors[name].shape[1:] != s.shape[1:] for name, s in shared.items()):
         return False
     if not all(file.is_file() for file in files(base)):  # still on the Hub; looked at again once they are here
         return True
     return all(
-        torch.equal(_beginning(other, name).to(spec.dtype), _beginning(base, name))
-        for name, spec in base.tensors.items()
+        torch.equal(_beginning(other, name).to(spec.dtype), _beginning(base, name)) for name, spec in shared.items()
     )
 
 

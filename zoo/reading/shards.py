@@ -170,8 +170,10 @@ def read(info: TensorInfo, name: str) -> torch.Tensor:
         with info.file.open("rb") as data:
             begin, length = extent.start - before, before + extent.nbytes
             mapped = mmap.mmap(data.fileno(), length, access=mmap.ACCESS_COPY, offset=begin)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(f"{info.file}: changed since it was opened ({error}); start again") from error
+    except OSError as error:
+        raise CheckpointError(f"{info.file}: cannot be read ({error.strerror})") from error
     return torch.frombuffer(mapped, dtype=info.dtype, offset=before).reshape(info.shape)
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import torch
 
@@ -69,10 +70,17 @@ class Shard:
         self.entries[name], self.end = entry, entry.end
         return entry
 
-    def copy(self, entry: Entry, extent: Extent) -> None:
-        """Fill the place of a tensor with bytes of another file; may run beside ``write``. Raises OSError."""
+    def copy(self, entry: Entry, extent: Extent, left: Event) -> None:
+        """Fill the place of a tensor with bytes of another file, until ``left`` is set; may run beside ``write``.
+
+        Raises:
+            OSError: the disk is full.
+            CheckpointError: the other file cannot be read.
+        """
         place = self._place(entry.start)
         for block in extent.blocks():
+            if left.is_set():
+                return
             self._put(block, place)
             place += len(block)
         if extent.nbytes >= _LARGE:

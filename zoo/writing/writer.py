@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +40,7 @@ class Writer:
         out: the directory to make; must not exist.
         declared: every tensor that may be written, with its dtype and largest shape.
         shard_size: largest size of a shard's data in bytes; a larger single tensor has a shard of its own.
+        most: bytes that will be written, at most; by default those of all that is declared.
         fingerprint: of everything that decides the bytes; None: nothing is resumed.
         replace: ``out`` is a checkpoint, whose place the new one takes in one step. It must not be written meanwhile.
 
@@ -53,6 +55,7 @@ class Writer:
         declared: Mapping[str, TensorSpec],
         *,
         shard_size: int = SHARD_SIZE,
+        most: int | None = None,
         fingerprint: str | None = None,
         replace: bool = False,
     ):
@@ -61,6 +64,7 @@ class Writer:
         self.declared = dict(declared)
         self._opened: dict[int, Shard] = {}
         self._digests: dict[str, Future[str]] = {}
+        self._left = Event()
         self._copies: dict[str, Future[None]] = {}
         self._unfinished: list[str] = []  # tensors of no step yet
         self._unnoted: deque[tuple[str, list[str], Any]] = deque()  # steps that the journal does not have yet
@@ -70,7 +74,8 @@ class Writer:
             self.shards = self._allot(shard_size)
             self._number = {name: number for number, shard in enumerate(self.shards) for name in shard}
             self._journal = self._resumed(fingerprint, shard_size)
-            needed = sum(spec.nbytes for spec in self.declared.values()) - self.nbytes
+            whole = sum(spec.nbytes for spec in self.declared.values()) if most is None else most
+            needed = whole - self.nbytes
             if needed > (free := shutil.disk_usage(self.work).free):
                 raise OutputError(f"{out}: no space left: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
         except BaseException:
@@ -150,7 +155,7 @@ class Writer:
             digest: their SHA-256.
 
         Raises:
-            OutputError: the disk is full.
+            OutputError: ``out`` cannot be written.
             ValueError: not declared, written before, or another size (a bug in the caller).
         """
         self._require_missing(name)
@@ -161,7 +166,7 @@ class Writer:
         except OSError as error:
             raise self._full(error) from error
         entry = shard.reserve(name, self.declared[name])
-        self._copies[name] = self._pool.submit(shard.copy, entry, extent)
+        self._copies[name] = self._pool.submit(shard.copy, entry, extent, self._left)
         self._digests[name] = digest
         self._unfinished.append(name)
 
@@ -180,6 +185,7 @@ class Writer:
 
         Raises:
             OutputError: the disk is full.
+            CheckpointError: what was to be copied cannot be read any more.
         """
         names, self._unfinished = self._unfinished, []
         self._unnoted.append((step, names, record))
@@ -219,6 +225,7 @@ class Writer:
 
         Raises:
             OutputError: the disk is full, or ``out`` was made meanwhile.
+            CheckpointError: what was to be copied cannot be read any more.
         """
         self._note(wait=True)
         try:
@@ -273,6 +280,7 @@ class Writer:
         return OutputError(f"{self.out}: cannot be written: {error.strerror}")
 
     def _leave(self) -> None:
+        self._left.set()
         self._pool.shutdown(cancel_futures=True)
         for shard in self._opened.values():
             with suppress(OSError):  # the disk may be full
