@@ -19,7 +19,6 @@ from upscale.building.recipe import RECIPE, fingerprint, recipe_bytes, recipe_of
 from upscale.building.report import Report
 from upscale.building.steps import outcomes, steps
 from upscale.config import BuildConfig, SmileConfig, WemoeConfig
-from upscale.device import threads
 from upscale.publishing.card import card
 from upscale.router_file import PART, named
 from upscale.runtime import runtime_files
@@ -139,7 +138,6 @@ def write(
     with (
         torch.no_grad(),
         _settled(),
-        threads(made.get("threads")),
         Writer(
             out,
             plan.declared,

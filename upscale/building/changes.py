@@ -58,8 +58,8 @@ class Changes(Protocol):
         """Its changes of a norm."""
         ...
 
-    def of_rest(self, name: str) -> float:
-        """Norm of its delta of a tensor that is no module's."""
+    def of_rest(self, name: str, origin: Callable[[], Tensor]) -> float:
+        """Norm of its delta of a tensor that is no module's; ``origin`` gives the base's."""
         ...
 
 
@@ -108,10 +108,10 @@ class Compared:
         moved = self.delta(norm.bias, bias)
         return NormChange(scale, moved - bias * scale, norms, (float(torch.linalg.vector_norm(moved)), 0.0))
 
-    def of_rest(self, name: str) -> float:
+    def of_rest(self, name: str, origin: Callable[[], Tensor]) -> float:
         """See Changes."""
         product = self.model.product(name)
-        return norm_of(self.delta(name, self.base.read(name).to(self.device)) if product is None else product)
+        return norm_of(self.delta(name, origin()) if product is None else product)
 
     def delta(self, name: str, origin: Tensor) -> Tensor:
         """float32 delta of a tensor, on the device; ``origin``, of any format, is never there in float32 as a whole.

@@ -20,10 +20,11 @@ def rest_tensor(plan: Plan, name: str) -> tuple[Tensor | None, RestReport]:
     """
     if not plan.base.tensors[name].dtype.is_floating_point:
         return None, RestReport(name, {}, {})
+    origin = cache(lambda: plan.base.read(name).to(plan.config.device))  # not read where all changes are known
     if plan.merging is None:
-        norms = {expert: changes.of_rest(name) for expert, changes in plan.changes.items()}
+        norms = {expert: changes.of_rest(name, origin) for expert, changes in plan.changes.items()}
         return None, RestReport(name, norms, norms)
-    base, norms = plan.base.read(name).to(plan.config.device), {}
+    base, norms = origin(), {}
     compared = {e: Compared(e, model, plan.base, plan.config.device) for e, model in plan.experts.items()}
 
     def measured(expert: str) -> Tensor:

@@ -179,7 +179,6 @@ def make_plan(
     ranks |= {n.name: _known(ranks[n.name], n, verdict) for n in chosen if n.name not in merged}
     of_linears = {n.name: method.largest(n, ranks[n.name], config) for n in chosen}
     plan = Plan(
-        result_bytes=fixed + sum(spec.nbytes for spec in _of_experts(declared, of_linears, weights).values()),
         base=base,
         experts=verdict.experts,
         changes=changes,
@@ -196,6 +195,7 @@ def make_plan(
         router_bytes=router,
         heads=heads,
         declared=declared | _of_experts(declared, arranged, weights),
+        result_bytes=fixed + sum(spec.nbytes for spec in _of_experts(declared, of_linears, weights).values()),
     )
     memory.require(config.max_memory, plan.working_bytes)
     return plan

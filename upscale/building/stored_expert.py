@@ -208,8 +208,8 @@ class StoredExpert:
         norms = self.measured(norm.weight), self.measured(norm.bias or "")
         return NormChange(rows.get("scale", none), rows.get("shift", none), *norms)
 
-    def of_rest(self, name: str) -> float:
-        """See Changes."""
+    def of_rest(self, name: str, origin: Callable[[], Tensor]) -> float:
+        """See Changes: as it was measured when the model was built."""
         return self.measured(name)[0]
 
     def measured(self, name: str) -> tuple[float, float]:

@@ -21,7 +21,8 @@ def run(method: Any, group: Group, out: str, config: Any, *, dry_run: bool) -> N
         console.print(f"[yellow]warning[/] {warning}", highlight=False, soft_wrap=True)
     if dry_run:
         with progress_bar("reading spectra") as progress:
-            _show_plan(make_plan(verdict, method, config, progress))
+            plan = make_plan(verdict, method, config, progress)
+        _show_plan(plan)
         return
     with hashing(group, verdict) as hashes:
         with progress_bar("reading spectra") as progress:

@@ -13,7 +13,7 @@ import torch
 from zoo.reading.model import Extent, TensorSpec
 from zoo.reading.shards import DTYPES
 
-_LARGE = 16 << 20  # bytes
+_LARGE = 16 << 20  # bytes of a copy that is worth synchronising by itself
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
